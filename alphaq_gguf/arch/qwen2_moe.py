@@ -1,0 +1,67 @@
+"""Qwen2-MoE: Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B (llama.cpp architecture qwen2moe)."""
+
+from __future__ import annotations
+
+from gguf import GGUFWriter
+
+from ..errors import SourceError
+from .base import Config, Family, Planner, Shapes, TensorPlan, add_common_metadata
+
+
+class Qwen2Moe(Family):
+    model_type = "qwen2_moe"
+    gguf_arch = "qwen2moe"
+
+    def check(self, config: Config) -> None:
+        hidden, heads = config.need("hidden_size"), config.need("num_attention_heads")
+        unsupported = {
+            "norm_topk_prob": config.get("norm_topk_prob", False) is True,
+            "hidden_act": config.get("hidden_act", "silu") != "silu",
+            "decoder_sparse_step": config.get("decoder_sparse_step", 1) != 1,
+            "mlp_only_layers": bool(config.get("mlp_only_layers")),
+            "use_sliding_window": bool(config.get("use_sliding_window")),
+            "head_dim": (config.get("head_dim") or hidden // heads) * heads != hidden,
+        }
+        for key, refused in unsupported.items():
+            if refused:
+                raise SourceError(
+                    f"{config.where}: {key} = {config.get(key)!r}: llama.cpp's qwen2moe has no such variant"
+                )
+
+    def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
+        n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
+        heads = config.need("num_attention_heads")
+        n_kv = (config.get("num_key_value_heads") or heads) * (n_embd // heads)
+        n_experts, n_ff = config.need("num_experts"), config.need("moe_intermediate_size")
+        n_shared = config.need("shared_expert_intermediate_size")
+        plan = Planner(shapes, config.where)
+        plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
+        for bid in range(config.need("num_hidden_layers")):
+            hf, out = f"model.layers.{bid}", f"blk.{bid}"
+            plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
+            for proj, n_out in (("q", n_embd), ("k", n_kv), ("v", n_kv)):
+                attn = f"{hf}.self_attn.{proj}_proj"
+                plan.add(f"{out}.attn_{proj}.weight", f"{attn}.weight", shape=(n_out, n_embd))
+                plan.add_optional(f"{out}.attn_{proj}.bias", f"{attn}.bias", shape=(n_out,))
+            plan.add(f"{out}.attn_output.weight", f"{hf}.self_attn.o_proj.weight", shape=(n_embd, n_embd))
+            plan.add(f"{out}.ffn_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
+            plan.add(f"{out}.ffn_gate_inp.weight", f"{hf}.mlp.gate.weight", shape=(n_experts, n_embd))
+            plan.add_experts(bid, f"{hf}.mlp.experts", n_experts, n_ff, n_embd)
+            shared = f"{hf}.mlp.shared_expert"
+            plan.add(f"{out}.ffn_gate_inp_shexp.weight", f"{shared}_gate.weight", shape=(1, n_embd))
+            plan.add(f"{out}.ffn_gate_shexp.weight", f"{shared}.gate_proj.weight", shape=(n_shared, n_embd))
+            plan.add(f"{out}.ffn_up_shexp.weight", f"{shared}.up_proj.weight", shape=(n_shared, n_embd))
+            plan.add(f"{out}.ffn_down_shexp.weight", f"{shared}.down_proj.weight", shape=(n_embd, n_shared))
+        plan.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
+        # llama.cpp's qwen2moe has no tied output, so a tied checkpoint's embedding is written twice.
+        tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in shapes
+        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        plan.add("output.weight", head, shape=(n_vocab, n_embd))
+        return plan.plans
+
+    def add_metadata(self, config: Config, writer: GGUFWriter) -> None:
+        add_common_metadata(config, writer)
+        writer.add_expert_count(config.need("num_experts"))
+        writer.add_expert_used_count(config.need("num_experts_per_tok"))
+        writer.add_expert_feed_forward_length(config.need("moe_intermediate_size"))
+        writer.add_expert_shared_feed_forward_length(config.need("shared_expert_intermediate_size"))

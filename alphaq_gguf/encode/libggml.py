@@ -1,0 +1,123 @@
+"""Encode and decode rows with the ggml library that llama-cpp-python ships, on all cores.
+
+The same functions that llama.cpp's own quantiser calls, so the bytes are the same too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, version
+
+import numpy as np
+
+from ..errors import AlphaQError
+from ..qtypes import QType, row_bytes
+
+_PACKAGE = "llama-cpp-python"
+# Rows handed to a thread at once: enough work per call, few enough that all cores stay busy.
+_CHUNK_WEIGHTS = 1 << 18
+
+
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml.h."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """libggml-base from the installed wheel, without importing llama_cpp (which loads every backend)."""
+    name = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
+    try:
+        path = distribution(_PACKAGE).locate_file(f"llama_cpp/lib/{name}")
+        lib = ctypes.CDLL(str(path))
+    except PackageNotFoundError:
+        raise AlphaQError(f"{_PACKAGE} is not installed", f"pip install {_PACKAGE}") from None
+    except OSError as error:
+        raise AlphaQError(f"cannot load libggml: {error}", f"reinstall {_PACKAGE}") from None
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    return lib
+
+
+def library_version() -> str:
+    """What the bytes depend on besides the weights, for cache keys: package and version."""
+    return f"{_PACKAGE} {version(_PACKAGE)}"
+
+
+def _in_chunks(n_rows: int, n_cols: int, threads: int, work) -> None:
+    """Call `work(start, stop)` over all rows, on `threads` threads (ctypes releases the GIL)."""
+    step = max(1, _CHUNK_WEIGHTS // max(n_cols, 1))
+    spans = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+    if threads <= 1 or len(spans) == 1:
+        for span in spans:
+            work(*span)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(work, *span) for span in spans]:
+            future.result()
+
+
+def encode_rows(rows: np.ndarray, qtype: QType, threads: int = 1) -> np.ndarray:
+    """Encode float32 `rows` [n_rows, n_cols] as `qtype`: uint8 [n_rows, row_bytes].
+
+    Byte-equal to llama.cpp's quantiser without an importance matrix (`ggml_quantize_chunk`).
+    ValueError when the array is not C-contiguous 2-D float32 or the row is no whole number of blocks.
+    """
+    if rows.dtype != np.float32 or rows.ndim != 2 or not rows.flags.c_contiguous:
+        raise ValueError(f"expected C-contiguous float32 [rows, cols], found {rows.dtype} {rows.shape}")
+    n_rows, n_cols = rows.shape
+    out = np.empty((n_rows, row_bytes(qtype, n_cols)), dtype=np.uint8)
+    if qtype == QType.F32:
+        out[:] = rows.view(np.uint8)
+        return out
+    lib = _library()
+
+    def work(start: int, stop: int) -> None:
+        written = lib.ggml_quantize_chunk(
+            int(qtype), rows.ctypes.data, out.ctypes.data, start * n_cols, stop - start, n_cols, None
+        )
+        if written != (stop - start) * out.shape[1]:
+            raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes for {qtype.name}")
+
+    _in_chunks(n_rows, n_cols, threads, work)
+    return out
+
+
+def decode_rows(blocks: np.ndarray, qtype: QType, n_cols: int, threads: int = 1) -> np.ndarray:
+    """Decode uint8 `blocks` [n_rows, row_bytes] of `qtype` to float32 [n_rows, n_cols]."""
+    expected = row_bytes(qtype, n_cols)
+    if blocks.dtype != np.uint8 or blocks.ndim != 2 or blocks.shape[1] != expected:
+        raise ValueError(f"expected uint8 [rows, {expected}] for {qtype.name}, found {blocks.dtype} {blocks.shape}")
+    blocks = np.ascontiguousarray(blocks)
+    if qtype == QType.F32:
+        return blocks.view(np.float32)
+    to_float = _library().ggml_get_type_traits(int(qtype)).contents.to_float
+    out = np.empty((blocks.shape[0], n_cols), dtype=np.float32)
+
+    def work(start: int, stop: int) -> None:
+        to_float(blocks[start:].ctypes.data, out[start:].ctypes.data, (stop - start) * n_cols)
+
+    _in_chunks(blocks.shape[0], n_cols, threads, work)
+    return out

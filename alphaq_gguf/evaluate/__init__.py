@@ -1,0 +1,1 @@
+"""Run converted files and judge them."""

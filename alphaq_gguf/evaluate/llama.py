@@ -1,0 +1,172 @@
+"""llama.cpp through llama-cpp-python: load a file, get logits, perplexity, or text."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import AlphaQError
+from ..reporter import Reporter, Silent
+
+_GGML_TYPE_F32 = 0
+_LOG_LEVEL_ERROR = 4
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean negative log-likelihood) over `n_tokens` scored tokens, with its standard error."""
+
+    value: float
+    standard_error: float
+    n_tokens: int
+
+
+class LlamaModel:
+    """A GGUF loaded by llama.cpp on the CPU (or `gpu_layers` of it on a GPU).
+
+    `exact` selects the numerical protocol for comparisons with float references: f32 KV cache, no
+    flash attention. AlphaQError carries llama.cpp's own reason when the file does not load.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 512,
+        threads: int | None = None,
+        exact: bool = False,
+        all_logits: bool = True,
+        gpu_layers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        import llama_cpp
+
+        errors = _collect_errors()
+        errors.clear()
+        kv_type = {"type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32} if exact else {}
+        try:
+            self.llm: Any = llama_cpp.Llama(
+                str(path),
+                n_ctx=n_ctx,
+                n_batch=min(n_ctx, 512),
+                n_threads=threads,
+                n_threads_batch=threads,
+                logits_all=all_logits,
+                n_gpu_layers=gpu_layers,
+                flash_attn=False,
+                seed=seed,
+                verbose=False,
+                **kv_type,
+            )
+        except (ValueError, AssertionError) as error:
+            reasons = [line for line in errors if "failed to load model" not in line] or [str(error)]
+            raise AlphaQError(f"{path}: llama.cpp cannot load it: {reasons[0]}") from None
+        self.path = path
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.llm.close()
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`, without BOS; `special` parses control tokens written out in the text."""
+        return self.llm.tokenize(text.encode("utf-8"), add_bos=False, special=special)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the file carries a chat template of its own."""
+        return "tokenizer.chat_template" in self.llm.metadata
+
+    @property
+    def bos(self) -> int | None:
+        """The token every sequence must start with, None when the model wants none."""
+        import llama_cpp
+
+        vocab = llama_cpp.llama_model_get_vocab(self.llm.model)
+        return self.llm.token_bos() if llama_cpp.llama_vocab_get_add_bos(vocab) else None
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after every token of one sequence, float32 [len(tokens), n_vocab]."""
+        self.llm.reset()
+        self.llm._ctx.kv_cache_clear()
+        self.llm.eval(list(tokens))
+        return np.array(self.llm.scores[: len(tokens)], dtype=np.float32)
+
+    def perplexity(
+        self, text: str, *, n_ctx: int = 512, max_windows: int | None = None, reporter: Reporter | None = None
+    ) -> Perplexity:
+        """Perplexity by llama-perplexity's protocol: windows of `n_ctx` tokens, second half scored.
+
+        AlphaQError when the text has fewer than two windows' worth of tokens.
+        """
+        reporter = reporter or Silent()
+        bos = self.bos
+        tokens = ([] if bos is None else [bos]) + self.tokenize(text)
+        if len(tokens) < 2 * n_ctx:
+            raise AlphaQError(f"the text has {len(tokens)} tokens, at least {2 * n_ctx} are needed", "give more text")
+        n_windows = min(len(tokens) // n_ctx, max_windows or len(tokens))
+        first = n_ctx // 2
+        nll: list[np.ndarray] = []
+        with reporter.task(f"Perplexity {self.path.name}", n_windows, "windows") as advance:
+            for i in range(n_windows):
+                window = tokens[i * n_ctx : (i + 1) * n_ctx]
+                fed = window if bos is None else [bos, *window[1:]]
+                scored = self.logits(fed)[first : n_ctx - 1].astype(np.float64)
+                nll.append(-log_softmax(scored)[np.arange(len(scored)), window[first + 1 :]])
+                advance(1)
+        losses = np.concatenate(nll)
+        value = math.exp(losses.mean())
+        return Perplexity(value, value * float(losses.std()) / math.sqrt(len(losses) - 1), len(losses))
+
+    def generate(
+        self, prompt: str, *, max_tokens: int, temperature: float, chat: bool, system: str | None = None
+    ) -> Iterator[str]:
+        """Pieces of text as llama.cpp produces them; `chat` applies the file's own chat template."""
+        if chat:
+            messages = [{"role": "system", "content": system}] if system else []
+            messages.append({"role": "user", "content": prompt})
+            stream = self.llm.create_chat_completion(
+                messages, max_tokens=max_tokens, temperature=temperature, stream=True
+            )
+            for chunk in stream:
+                yield chunk["choices"][0]["delta"].get("content") or ""
+        else:
+            stream = self.llm.create_completion(prompt, max_tokens=max_tokens, temperature=temperature, stream=True)
+            for chunk in stream:
+                yield chunk["choices"][0]["text"]
+
+
+@cache
+def _collect_errors() -> deque[str]:
+    """Listen to llama.cpp's log for the rest of the process; the deque holds its latest error lines."""
+    import llama_cpp
+
+    errors: deque[str] = deque(maxlen=20)
+
+    @llama_cpp.llama_log_callback
+    def collect(level: int, text: bytes, _user: ctypes.c_void_p) -> None:
+        if level == _LOG_LEVEL_ERROR and text.strip():
+            errors.append(text.decode("utf-8", "replace").strip())
+
+    # llama.cpp keeps the bare pointer: the callback must not be collected.
+    _CALLBACKS.append(collect)
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    return errors
+
+
+_CALLBACKS: list[Any] = []
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities along the last axis, in the input's precision."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,0 +1,97 @@
+"""An append-only CSV of measurements that survives interruption and is reused only for the same question.
+
+First line: `# ` and a JSON object that says what was measured on what; then a CSV header and rows.
+While measuring, the rows go to `FILE.partial`; when complete it is renamed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import AlphaQError
+
+Row = dict[str, str]
+
+
+class Ledger:
+    """Measurements of one kind; `rows` holds what earlier runs with the same `header` already measured."""
+
+    def __init__(self, path: Path, header: dict[str, Any], columns: tuple[str, ...]) -> None:
+        self.path = path
+        self.header = header
+        self.columns = columns
+        self.partial = path.with_name(path.name + ".partial")
+        self.rows: list[Row] = []
+        self.complete = False
+        for candidate in (path, self.partial):
+            if candidate.is_file():
+                found_header, rows = read_ledger(candidate)
+                if found_header == header:
+                    self.rows = rows
+                    self.complete = candidate is path
+                    break
+        self._file: io.TextIOWrapper | None = None
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row and hand it to the operating system, so that a killed process loses nothing."""
+        text = {column: format_value(row[column]) for column in self.columns}
+        self.rows.append(text)
+        self.complete = False
+        if self._file is None:
+            # Rewritten from what was read, so that a line cut short by a kill disappears.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial.open("w", encoding="utf-8", newline="")
+            self._file.write(render_ledger(self.header, self.columns, self.rows))
+        else:
+            csv.DictWriter(self._file, self.columns, lineterminator="\n").writerow(text)
+        self._file.flush()
+
+    def close(self, *, complete: bool) -> None:
+        """Close the file; a complete ledger takes its final name."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if complete and not self.complete and self.partial.exists():
+            os.replace(self.partial, self.path)
+            self.complete = True
+
+
+def format_value(value: Any) -> str:
+    """Floats in full precision, None as the empty string."""
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def render_ledger(header: dict[str, Any], columns: tuple[str, ...], rows: list[Row]) -> str:
+    """The text of a ledger file."""
+    out = io.StringIO()
+    out.write("# " + json.dumps(header, sort_keys=True) + "\n")
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def read_ledger(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Header and whole rows of a ledger file; AlphaQError when it is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        first, _, rest = text.partition("\n")
+        if not first.startswith("# "):
+            raise ValueError("no header line")
+        header = json.loads(first[2:])
+        # A line without its newline was cut short when the process died.
+        rest = rest[: rest.rfind("\n") + 1]
+        reader = csv.DictReader(io.StringIO(rest))
+        rows = [row for row in reader if None not in row.values() and None not in row]
+    except OSError as error:
+        raise AlphaQError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise AlphaQError(f"{path}: not a measurement file: {error}", "measure again with `alphaq-gguf alphas`") from None
+    return header, rows

@@ -1,0 +1,341 @@
+"""Measure a source: alpha and variance of every expert matrix, and the error of every type on it.
+
+One matrix is in memory at a time. Results go to ledgers named after the source's fingerprint and the
+settings, so a second run, or one after an interruption, measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import spectral
+from .checkpoint import ExpertMatrix, ExpertStack, Source
+from .encode import decode_rows, encode_rows, library_version
+from .errors import AlphaQError
+from .ledger import Ledger, Row, read_ledger
+from .qtypes import QType
+from .reporter import Reporter, Silent
+
+SCHEMA = 1
+# Nominal cost of one 128 x 128 tile, and the estimate up to which all tiles are used.
+TILE_CORE_S = 0.5e-3
+ALL_TILES_CORE_S = 30 * 60.0
+# Expert weights up to which every row is encoded for the distortion; above, rows are sampled.
+ALL_ROWS_WEIGHTS = 200_000_000
+SAMPLED_ROWS = 64
+
+ALPHA_COLUMNS = ("stack", "layer", "expert", "proj", "n_rows", "n_cols", "alpha", "variance", "k", "n", "spectrum", "problem")
+DISTORTION_COLUMNS = ("stack", "expert", "proj", "qtype", "squared_error", "standard_error", "rows")
+
+Key = tuple[str, int, str]
+"""(stack name, expert, projection)."""
+
+
+@dataclass(frozen=True)
+class AlphaSettings:
+    """How alphas are measured. `tiles`: "auto", "all" or a number (seeded sample above it)."""
+
+    spectrum: str = "farms"
+    estimator: str = "hill"
+    tiles: str = "auto"
+    seed: int = 0
+
+    def max_tiles(self, stacks: list[ExpertStack]) -> int | None:
+        """The number of tiles a matrix may use, None for all: "auto" takes all up to 30 core-minutes."""
+        if self.tiles == "all" or (self.tiles == "auto" and tile_seconds(stacks) <= ALL_TILES_CORE_S):
+            return None
+        return spectral.SAMPLED_TILES if self.tiles == "auto" else int(self.tiles)
+
+
+@dataclass(frozen=True)
+class DistortionSettings:
+    """How the error of a type is found: "measured" on `rows` ("auto", "all", a number) or "analytic"."""
+
+    kind: str = "measured"
+    rows: str = "auto"
+    seed: int = 0
+
+    def sample_rows(self, stacks: list[ExpertStack]) -> int | None:
+        """Rows per matrix, None for all: "auto" takes all up to 200 M expert weights, else 64."""
+        if self.rows == "all" or (self.rows == "auto" and sum(s.n_weights for s in stacks) <= ALL_ROWS_WEIGHTS):
+            return None
+        return SAMPLED_ROWS if self.rows == "auto" else int(self.rows)
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """A matrix' exponent (None with `problem` set), population variance, tail length and spectrum kind."""
+
+    alpha: float | None
+    variance: float
+    k: int
+    n: int
+    spectrum: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """Sum over all weights of a matrix of (w - decode(encode(w)))^2; `standard_error` is 0 unless sampled."""
+
+    squared_error: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured on a source. `alpha_header` and `distortion_header` record how."""
+
+    alphas: dict[Key, Alpha]
+    distortions: dict[tuple[Key, QType], Distortion]
+    alpha_header: dict[str, Any]
+    distortion_header: dict[str, Any]
+
+
+def key_of(matrix: ExpertMatrix) -> Key:
+    return (matrix.stack, matrix.xid, matrix.proj)
+
+
+def tile_seconds(stacks: list[ExpertStack]) -> float:
+    """Estimated core-seconds to decompose every tile of every expert matrix."""
+    tiles = sum(spectral.count_tiles(m.n_rows, m.n_cols) for s in stacks for m in s.matrices)
+    return tiles * TILE_CORE_S
+
+
+def measure(
+    source: Source,
+    *,
+    alphas: AlphaSettings | None,
+    distortion: DistortionSettings | None,
+    qtypes: Mapping[str, tuple[QType, ...]],
+    cache_dir: Path,
+    given_alphas: Path | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    reporter: Reporter | None = None,
+) -> Measurements:
+    """Measure every expert matrix of `source` that the ledgers in `cache_dir` do not hold yet.
+
+    `qtypes` maps stack names to the types whose error is wanted; `given_alphas` is an alphas file to
+    use instead of measuring (AlphaQError when it belongs to another source). WeightError names a
+    matrix with NaN or infinite weights.
+    """
+    reporter = reporter or Silent()
+    stacks = source.stacks
+    with ExitStack() as closing:
+        alpha_ledger = None
+        if given_alphas is not None:
+            alpha_header, alpha_rows = load_alphas(given_alphas, source)
+        elif alphas is not None:
+            alpha_header = _alpha_header(source, alphas)
+            alpha_ledger = _open_ledger(cache_dir, "alphas", alpha_header, ALPHA_COLUMNS)
+            alpha_rows = alpha_ledger.rows
+        else:
+            alpha_header, alpha_rows = {}, []
+        found_alphas = {_row_key(row): _parse_alpha(row) for row in alpha_rows}
+        distortion_ledger, found_errors, distortion_header = None, {}, {}
+        if distortion is not None and distortion.kind == "measured":
+            distortion_header = _distortion_header(source, distortion)
+            distortion_ledger = _open_ledger(cache_dir, "distortion", distortion_header, DISTORTION_COLUMNS)
+            found_errors = {
+                (_row_key(row), QType[row["qtype"]]): Distortion(
+                    float(row["squared_error"]), float(row["standard_error"])
+                )
+                for row in distortion_ledger.rows
+            }
+        ledgers = [ledger for ledger in (alpha_ledger, distortion_ledger) if ledger is not None]
+        for ledger in ledgers:
+            closing.callback(ledger.close, complete=False)
+
+        matrices = [m for stack in stacks for m in stack.matrices]
+        todo = []
+        for m in matrices:
+            need_alpha = alpha_ledger is not None and key_of(m) not in found_alphas
+            need_types = [
+                q for q in qtypes.get(m.stack, ()) if distortion_ledger and (key_of(m), q) not in found_errors
+            ]
+            if need_alpha or need_types:
+                todo.append((m, need_alpha, need_types))
+        if todo:
+            max_tiles = alphas.max_tiles(stacks) if alphas else None
+            sample = distortion.sample_rows(stacks) if distortion else None
+            closing.enter_context(_one_torch_thread())
+            advance = closing.enter_context(
+                reporter.task("Measuring experts", sum(m.n_rows * m.n_cols for m, _, _ in todo), "weights")
+            )
+            for matrix, need_alpha, need_types in todo:
+                rows = source.read_matrix(matrix)
+                if need_alpha and alphas and alpha_ledger:
+                    row = measure_alpha(matrix, rows, alphas, max_tiles, device, threads)
+                    alpha_ledger.append(row)
+                    found_alphas[key_of(matrix)] = _parse_alpha(alpha_ledger.rows[-1])
+                for qtype in need_types:
+                    assert distortion and distortion_ledger
+                    result = measure_distortion(rows, qtype, sample, _seed(distortion.seed, matrix), threads)
+                    found_errors[key_of(matrix), qtype] = result
+                    distortion_ledger.append(
+                        {
+                            "stack": matrix.stack,
+                            "expert": matrix.xid,
+                            "proj": matrix.proj,
+                            "qtype": qtype.name,
+                            "squared_error": result.squared_error,
+                            "standard_error": result.standard_error,
+                            "rows": min(sample or matrix.n_rows, matrix.n_rows),
+                        }
+                    )
+                advance(matrix.n_rows * matrix.n_cols)
+        for ledger in ledgers:
+            ledger.close(complete=True)
+    return Measurements(found_alphas, found_errors, alpha_header, distortion_header)
+
+
+def measure_alpha(
+    matrix: ExpertMatrix, rows: np.ndarray, settings: AlphaSettings, max_tiles: int | None, device: str, threads: int
+) -> dict[str, Any]:
+    """One row of the alphas ledger for `rows` float32 [n_rows, n_cols].
+
+    A side under 128 has no tile: the full spectrum is used and the row says so. Matrices without an
+    exponent (zero, constant, rank-deficient, tiny) get an empty alpha and a named problem.
+    """
+    variance = float(rows.var(dtype=np.float64))
+    has_tiles = spectral.count_tiles(*rows.shape) > 0
+    kind = "farms" if settings.spectrum == "farms" and has_tiles else "full"
+    if not rows.any():
+        fit = spectral.Fit(None, 0, 0, 0.0, "all-zero matrix")
+    elif (rows == rows.flat[0]).all():
+        fit = spectral.Fit(None, 0, 0, 0.0, "constant matrix")
+    else:
+        weight = torch.from_numpy(rows).to(device)
+        if kind == "farms":
+            esd = spectral.farms_spectrum(weight, max_tiles, _seed(settings.seed, matrix), threads)
+        else:
+            esd = spectral.full_spectrum(weight)
+        fit = spectral.fit_alpha(esd, settings.estimator)
+    return {
+        "stack": matrix.stack,
+        "layer": matrix.bid,
+        "expert": matrix.xid,
+        "proj": matrix.proj,
+        "n_rows": matrix.n_rows,
+        "n_cols": matrix.n_cols,
+        "alpha": fit.alpha,
+        "variance": variance,
+        "k": fit.k,
+        "n": fit.n,
+        "spectrum": kind,
+        "problem": fit.problem,
+    }
+
+
+def measure_distortion(rows: np.ndarray, qtype: QType, sample: int | None, seed: int, threads: int) -> Distortion:
+    """Squared error of encoding `rows` float32 [n_rows, n_cols] as `qtype`, summed over all rows.
+
+    With `sample` below n_rows that many rows are drawn without replacement from `seed`, the sum is
+    scaled up, and its standard error follows from the spread between rows.
+    """
+    n_rows = len(rows)
+    if sample is not None and sample < n_rows:
+        rows = np.ascontiguousarray(rows[np.sort(np.random.default_rng(seed).choice(n_rows, sample, replace=False))])
+    decoded = decode_rows(encode_rows(rows, qtype, threads), qtype, rows.shape[1], threads)
+    errors = np.square(rows - decoded, dtype=np.float64).sum(axis=1)
+    m = len(errors)
+    spread = errors.std(ddof=1) if 1 < m < n_rows else 0.0
+    return Distortion(float(errors.mean() * n_rows), float(n_rows * spread / np.sqrt(m) * np.sqrt(1 - m / n_rows)))
+
+
+def load_alphas(path: Path, source: Source) -> tuple[dict[str, Any], list[Row]]:
+    """Read an alphas file for `source`; AlphaQError when it is of another model or lacks a matrix."""
+    header, rows = read_ledger(path)
+    if header.get("measured") != "alphas" or header.get("schema") != SCHEMA:
+        raise AlphaQError(
+            f"{path}: expected an alphas file of schema {SCHEMA}, found {header.get('measured')} {header.get('schema')}",
+            "write one with `alphaq-gguf alphas`",
+        )
+    if header["source"] != source.fingerprint:
+        raise AlphaQError(f"{path}: measured on another model than {source.path}", "measure this one")
+    have = {_row_key(row) for row in rows}
+    lacking = [m for s in source.stacks for m in s.matrices if key_of(m) not in have]
+    if lacking:
+        raise AlphaQError(f"{path}: no alpha for {lacking[0].label}", "measure again")
+    return header, rows
+
+
+def alphas_header_text(header: dict[str, Any]) -> str:
+    """The settings of an alphas file in a few words."""
+    tiles = "all tiles" if header["max_tiles"] is None else f"{header['max_tiles']} tiles a matrix"
+    return f"{header['estimator']} estimator, {header['spectrum']} spectrum, {tiles}, seed {header['seed']}"
+
+
+def _alpha_header(source: Source, settings: AlphaSettings) -> dict[str, Any]:
+    return {
+        "measured": "alphas",
+        "schema": SCHEMA,
+        "source": source.fingerprint,
+        "spectrum": settings.spectrum,
+        "estimator": settings.estimator,
+        "max_tiles": settings.max_tiles(source.stacks),
+        "seed": settings.seed,
+    }
+
+
+def _distortion_header(source: Source, settings: DistortionSettings) -> dict[str, Any]:
+    return {
+        "measured": "distortion",
+        "schema": SCHEMA,
+        "source": source.fingerprint,
+        "encoder": library_version(),
+        "rows": settings.sample_rows(source.stacks),
+        "seed": settings.seed,
+    }
+
+
+def _open_ledger(cache_dir: Path, kind: str, header: dict[str, Any], columns: tuple[str, ...]) -> Ledger:
+    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:24]
+    return Ledger(cache_dir / f"{kind}-{key}.csv", header, columns)
+
+
+def _row_key(row: Row) -> Key:
+    return (row["stack"], int(row["expert"]), row["proj"])
+
+
+def _parse_alpha(row: Row) -> Alpha:
+    return Alpha(
+        float(row["alpha"]) if row["alpha"] else None,
+        float(row["variance"]),
+        int(row["k"]),
+        int(row["n"]),
+        row["spectrum"],
+        row["problem"],
+    )
+
+
+def _seed(seed: int, matrix: ExpertMatrix) -> int:
+    """A seed of its own for each matrix, independent of the order in which they are measured."""
+    digest = hashlib.sha256(f"{seed} {matrix.stack} {matrix.xid} {matrix.proj}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+class _one_torch_thread:
+    """Keep torch's own threads out of the way while we run one call a core."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def settings_of(settings: AlphaSettings | DistortionSettings) -> dict[str, Any]:
+    """Settings as plain values, for a recipe."""
+    return asdict(settings)

@@ -1,0 +1,168 @@
+"""The recipe: an allocation as a readable JSON file, and as llama-quantize's --tensor-type-file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Source
+from .errors import AlphaQError
+from .qtypes import QType, fits, parse_qtype, row_bytes
+
+FORMAT = "alphaq-recipe"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RecipeUnit:
+    """One expert stack's choice; `n_bytes` without alignment; `cost` None for strategies without a cost table."""
+
+    tensor: str
+    layer: int
+    proj: str
+    n_weights: int
+    qtype: QType
+    n_bytes: int
+    alpha_median: float | None = None
+    alpha_min: float | None = None
+    alpha_max: float | None = None
+    sensitivity: float | None = None
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An allocation. `units` are expert stacks, `tensors` the types of all other tensors."""
+
+    tool: str
+    source: str
+    architecture: str
+    settings: dict[str, Any]
+    result: dict[str, Any]
+    units: tuple[RecipeUnit, ...]
+    tensors: dict[str, QType] = field(default_factory=dict)
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(unit.n_bytes for unit in self.units)
+
+    @property
+    def expert_bpw(self) -> float:
+        """Stored bits per expert weight."""
+        return self.expert_bytes * 8 / sum(unit.n_weights for unit in self.units)
+
+    @property
+    def types(self) -> dict[str, QType]:
+        """Every tensor's type."""
+        return {**self.tensors, **{unit.tensor: unit.qtype for unit in self.units}}
+
+    def histogram(self) -> Counter[str]:
+        """Expert weights by type name."""
+        counts: Counter[str] = Counter()
+        for unit in self.units:
+            counts[unit.qtype.name] += unit.n_weights
+        return counts
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, in the order a reader wants them."""
+    units = []
+    for unit in recipe.units:
+        entry = asdict(unit)
+        entry["qtype"] = unit.qtype.name
+        units.append({key: value for key, value in entry.items() if value is not None})
+    return {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "granularity": "stack",
+        "tool": recipe.tool,
+        "source": recipe.source,
+        "architecture": recipe.architecture,
+        "settings": recipe.settings,
+        "result": recipe.result,
+        "units": units,
+        "tensors": {name: qtype.name for name, qtype in recipe.tensors.items()},
+    }
+
+
+def from_json(data: Any, where: str) -> Recipe:
+    """Parse a recipe; AlphaQError says what is wrong with it."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise AlphaQError(f"{where}: not a recipe (no \"format\": \"{FORMAT}\")", "write one with `alphaq-gguf allocate`")
+    if data.get("schema") != SCHEMA or data.get("granularity") != "stack":
+        raise AlphaQError(
+            f"{where}: recipe of schema {data.get('schema')} and granularity {data.get('granularity')!r}, "
+            f"this version reads schema {SCHEMA} and granularity 'stack'",
+            "allocate again with this version",
+        )
+    try:
+        units = tuple(
+            RecipeUnit(**{**entry, "qtype": parse_qtype(entry["qtype"])}) for entry in data["units"]
+        )
+        tensors = {name: parse_qtype(qtype) for name, qtype in data["tensors"].items()}
+        return Recipe(
+            data["tool"], data["source"], data["architecture"], data["settings"], data["result"], units, tensors
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AlphaQError(f"{where}: damaged recipe: {error}", "allocate again") from None
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe as JSON, one unit a line."""
+    data = to_json(recipe)
+    units = data.pop("units")
+    tensors = data.pop("tensors")
+    head = json.dumps(data, indent=2)[:-2]
+    lines = ",\n".join("    " + json.dumps(unit) for unit in units)
+    tail = json.dumps(tensors, indent=4)[:-1].rstrip() + "\n  }"
+    path.write_text(f'{head},\n  "units": [\n{lines}\n  ],\n  "tensors": {tail}\n}}\n', encoding="utf-8")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file; AlphaQError when it is missing, not JSON or not a recipe."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AlphaQError(f"{path}: cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AlphaQError(f"{path}: not valid JSON: {error}", "allocate again") from None
+    return from_json(data, str(path))
+
+
+def check_recipe(recipe: Recipe, source: Source, where: str) -> None:
+    """AlphaQError unless the recipe was made for `source` and names types its rows can take."""
+    if recipe.source != source.fingerprint:
+        raise AlphaQError(
+            f"{where}: made for another model (source {recipe.source[:12]}, {source.path} is {source.fingerprint[:12]})",
+            "allocate again for this model",
+        )
+    expected, found = set(source.tensors), set(recipe.types)
+    if expected != found:
+        odd = sorted(expected ^ found)[0]
+        raise AlphaQError(f"{where}: does not cover the model's tensors exactly: {odd}", "allocate again")
+    for name, qtype in recipe.types.items():
+        n_cols = source.tensors[name].n_cols
+        if not fits(qtype, n_cols):
+            raise AlphaQError(f"{where}: {name} has rows of {n_cols}, which {qtype.name} blocks do not divide")
+    for unit in recipe.units:
+        info = source.tensors[unit.tensor]
+        actual = info.n_rows * row_bytes(unit.qtype, info.n_cols)
+        if unit.n_bytes != actual:
+            raise AlphaQError(
+                f"{where}: {unit.tensor} as {unit.qtype.name} takes {actual} bytes, the recipe says {unit.n_bytes}",
+                "change qtype and n_bytes together, or allocate again",
+            )
+
+
+def tensor_type_lines(recipe: Recipe) -> str:
+    """What `llama-quantize --tensor-type-file` reads: one anchored `^name$=type` per tensor that is quantised.
+
+    Tensors that stay F32 are left out, since llama-quantize keeps those by itself.
+    """
+    return "".join(
+        f"^{re.escape(name)}$={qtype.name.lower()}\n" for name, qtype in recipe.types.items() if qtype != QType.F32
+    )
