@@ -1,0 +1,5 @@
+"""`python -m alphaq_gguf`."""
+
+from .cli import entry
+
+entry()

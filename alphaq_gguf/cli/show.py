@@ -1,0 +1,48 @@
+"""How results look on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..console import Console, format_count
+from ..qtypes import QType
+from ..recipe import Recipe
+
+
+def type_grid(cells: Iterable[tuple[int, str, QType]]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of a table of types: a row per run of equal layers, a column per projection."""
+    layers: dict[int, dict[str, str]] = {}
+    for layer, proj, qtype in cells:
+        layers.setdefault(layer, {})[proj] = qtype.name
+    projs = [p for p in ("gate_up", "gate", "up", "down") if any(p in row for row in layers.values())]
+    runs: list[tuple[int, int, list[str]]] = []
+    for layer in sorted(layers):
+        names = [layers[layer].get(proj, "-") for proj in projs]
+        if runs and runs[-1][2] == names and runs[-1][1] == layer - 1:
+            runs[-1] = (runs[-1][0], layer, names)
+        else:
+            runs.append((layer, layer, names))
+    rows = [[str(a) if a == b else f"{a}-{b}", *names] for a, b, names in runs]
+    return ["layers", *projs], rows
+
+
+def show_recipe(console: Console, recipe: Recipe) -> None:
+    """The allocation as a table, its budget, and how near the optimum it is."""
+    columns, rows = type_grid((u.layer, u.proj, u.qtype) for u in recipe.units)
+    console.table("Types of the expert stacks", columns, rows)
+    result = recipe.result
+    if result.get("gamma") is not None:
+        console.result(f"gamma {result['gamma']:.3g}")
+    if result.get("gap") is not None:
+        console.result(
+            f"Predicted error {result['cost']:.6g}, at most {100 * result['gap']:.2g} % above the optimum "
+            f"({result['method']})"
+        )
+    if result.get("distortion_standard_error"):
+        console.result(f"Sampling error of the predicted error: {100 * result['distortion_standard_error']:.2g} %")
+    shares = ", ".join(
+        f"{name} {100 * count / sum(recipe.histogram().values()):.0f} %" for name, count in sorted(recipe.histogram().items())
+    )
+    console.result(f"Experts: {recipe.expert_bpw:.4g} bits per weight, {format_count(recipe.expert_bytes, 'bytes')} ({shares})")
+    if result.get("file_bytes"):
+        console.result(f"File: {format_count(result['file_bytes'], 'bytes')}")
