@@ -88,8 +88,7 @@ def _solve(cost: np.ndarray, size: np.ndarray, budget: int) -> tuple[np.ndarray,
 
 def _solve_hull(cost: np.ndarray, size: np.ndarray, budget: int) -> tuple[np.ndarray, float]:
     """The relaxation's optimum rounded down, and its value (a lower bound on any allocation's cost)."""
-    n_units, n_options = cost.shape
-    rows = np.arange(n_units)
+    rows = np.arange(len(cost))
     finite = np.isfinite(cost)
     # Start: the smallest option of each unit, the cheapest one among equals.
     least = np.where(finite, size, np.iinfo(np.int64).max).min(axis=1, keepdims=True)
@@ -149,9 +148,7 @@ def _fill(cost: np.ndarray, size: np.ndarray, budget: int, choice: np.ndarray) -
         grow[unit] = size[unit] - size[unit, option]
 
 
-def _solve_highs(
-    cost: np.ndarray, size: np.ndarray, budget: int, incumbent: float
-) -> tuple[np.ndarray | None, float]:
+def _solve_highs(cost: np.ndarray, size: np.ndarray, budget: int, incumbent: float) -> tuple[np.ndarray | None, float]:
     """HiGHS on the same problem: a feasible choice (or None) and a proven lower bound."""
     unit, option = np.nonzero(np.isfinite(cost))
     least = np.where(np.isfinite(cost), size, np.iinfo(np.int64).max).min(axis=1)
@@ -168,7 +165,7 @@ def _solve_highs(
     result = milp(
         np.where(useful, weights, 0.0),
         integrality=np.ones(len(unit)),
-        bounds=Bounds(0, useful.astype(np.float64)),
+        bounds=Bounds(np.zeros(len(unit)), useful.astype(np.float64)),  # pyright: ignore[reportArgumentType]
         constraints=[one_each, within],
         options={"mip_rel_gap": 0.0, "time_limit": _TIME_LIMIT_S},
     )
@@ -184,9 +181,7 @@ def _solve_highs(
     return choice, bound
 
 
-def _resolve_negligible(
-    cost: np.ndarray, size: np.ndarray, budget: int, choice: np.ndarray, incumbent: float
-) -> None:
+def _resolve_negligible(cost: np.ndarray, size: np.ndarray, budget: int, choice: np.ndarray, incumbent: float) -> None:
     """Choose again, with what the others leave, for units too cheap for HiGHS to have seen (in place)."""
     rows = np.arange(len(cost))
     dearest = np.where(np.isfinite(cost), cost, 0.0).max(axis=1)

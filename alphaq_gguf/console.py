@@ -41,7 +41,9 @@ def format_count(value: float, unit: str) -> str:
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{format_count(speed, task.fields['unit'])}/s", style="progress.data.speed")
+        return Text(
+            "" if speed is None else f"{format_count(speed, task.fields['unit'])}/s", style="progress.data.speed"
+        )
 
 
 class Console:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ class Ledger:
             self._file.close()
             self._file = None
         if complete and not self.complete and self.partial.exists():
-            os.replace(self.partial, self.path)
+            self.partial.replace(self.path)
             self.complete = True
 
 
@@ -93,5 +92,7 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], list[Row]]:
     except OSError as error:
         raise AlphaQError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise AlphaQError(f"{path}: not a measurement file: {error}", "measure again with `alphaq-gguf alphas`") from None
+        raise AlphaQError(
+            f"{path}: not a measurement file: {error}", "measure again with `alphaq-gguf alphas`"
+        ) from None
     return header, rows

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,20 @@ ALL_TILES_CORE_S = 30 * 60.0
 ALL_ROWS_WEIGHTS = 200_000_000
 SAMPLED_ROWS = 64
 
-ALPHA_COLUMNS = ("stack", "layer", "expert", "proj", "n_rows", "n_cols", "alpha", "variance", "k", "n", "spectrum", "problem")
+ALPHA_COLUMNS = (
+    "stack",
+    "layer",
+    "expert",
+    "proj",
+    "n_rows",
+    "n_cols",
+    "alpha",
+    "variance",
+    "k",
+    "n",
+    "spectrum",
+    "problem",
+)
 DISTORTION_COLUMNS = ("stack", "expert", "proj", "qtype", "squared_error", "standard_error", "rows")
 
 Key = tuple[str, int, str]
@@ -258,12 +271,15 @@ def load_alphas(path: Path, source: Source) -> tuple[dict[str, Any], list[Row]]:
     header, rows = read_ledger(path)
     if header.get("measured") != "alphas" or header.get("schema") != SCHEMA:
         raise AlphaQError(
-            f"{path}: expected an alphas file of schema {SCHEMA}, found {header.get('measured')} {header.get('schema')}",
+            f"{path}: not an alphas file of schema {SCHEMA}: {header.get('measured')} {header.get('schema')}",
             "write one with `alphaq-gguf alphas`",
         )
-    if header["source"] != source.fingerprint:
+    if header.get("source") != source.fingerprint:
         raise AlphaQError(f"{path}: measured on another model than {source.path}", "measure this one")
-    have = {_row_key(row) for row in rows}
+    try:
+        have = {_row_key(row): _parse_alpha(row) for row in rows}
+    except (KeyError, ValueError) as error:
+        raise AlphaQError(f"{path}: damaged row: {error!r}", "measure again") from None
     lacking = [m for s in source.stacks for m in s.matrices if key_of(m) not in have]
     if lacking:
         raise AlphaQError(f"{path}: no alpha for {lacking[0].label}", "measure again")
@@ -325,17 +341,12 @@ def _seed(seed: int, matrix: ExpertMatrix) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-class _one_torch_thread:
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
     """Keep torch's own threads out of the way while we run one call a core."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
-
-
-def settings_of(settings: AlphaSettings | DistortionSettings) -> dict[str, Any]:
-    """Settings as plain values, for a recipe."""
-    return asdict(settings)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -125,8 +125,10 @@ def recognise(template: str, bos: str, eos: str) -> tuple[ChatFormat, str] | Non
             continue
         lead = [{"role": "system", "content": default}] if default else []
         samples = [(lead, _TURNS), ([_SYSTEM], [_USER])]
-        if all(_render(template, (first if first is not lead else []) + rest, bos, eos) == pieces.render(first + rest)
-               for first, rest in samples):
+        if all(
+            _render(template, (first if first is not lead else []) + rest, bos, eos) == pieces.render(first + rest)
+            for first, rest in samples
+        ):
             return pieces, default
     return None
 

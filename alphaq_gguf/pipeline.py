@@ -130,10 +130,7 @@ def allocate(
     qtypes = tuple(sorted({q for unit in units for q in unit.options}, key=bpw))
     allowed = np.array([[q in unit.options for q in qtypes] for unit in units])
     n_bytes = np.array(
-        [
-            [_stack_bytes(unit, q) if q in unit.options else 0 for q in qtypes]
-            for unit in units
-        ],
+        [[_stack_bytes(unit, q) if q in unit.options else 0 for q in qtypes] for unit in units],
         dtype=np.int64,
     )
     base = Recipe(TOOL, source.fingerprint, source.architecture, {}, {}, (), tensor_types)

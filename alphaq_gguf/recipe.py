@@ -92,7 +92,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 def from_json(data: Any, where: str) -> Recipe:
     """Parse a recipe; AlphaQError says what is wrong with it."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise AlphaQError(f"{where}: not a recipe (no \"format\": \"{FORMAT}\")", "write one with `alphaq-gguf allocate`")
+        raise AlphaQError(f'{where}: not a recipe (no "format": "{FORMAT}")', "write one with `alphaq-gguf allocate`")
     if data.get("schema") != SCHEMA or data.get("granularity") != "stack":
         raise AlphaQError(
             f"{where}: recipe of schema {data.get('schema')} and granularity {data.get('granularity')!r}, "
@@ -100,9 +100,7 @@ def from_json(data: Any, where: str) -> Recipe:
             "allocate again with this version",
         )
     try:
-        units = tuple(
-            RecipeUnit(**{**entry, "qtype": parse_qtype(entry["qtype"])}) for entry in data["units"]
-        )
+        units = tuple(RecipeUnit(**{**entry, "qtype": parse_qtype(entry["qtype"])}) for entry in data["units"])
         tensors = {name: parse_qtype(qtype) for name, qtype in data["tensors"].items()}
         return Recipe(
             data["tool"], data["source"], data["architecture"], data["settings"], data["result"], units, tensors
@@ -137,7 +135,7 @@ def check_recipe(recipe: Recipe, source: Source, where: str) -> None:
     """AlphaQError unless the recipe was made for `source` and names types its rows can take."""
     if recipe.source != source.fingerprint:
         raise AlphaQError(
-            f"{where}: made for another model (source {recipe.source[:12]}, {source.path} is {source.fingerprint[:12]})",
+            f"{where}: made for another model: source {recipe.source[:12]}, {source.path} is {source.fingerprint[:12]}",
             "allocate again for this model",
         )
     expected, found = set(source.tensors), set(recipe.types)

@@ -46,9 +46,7 @@ def full_spectrum(weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0)
 
 
-def farms_spectrum(
-    weight: torch.Tensor, max_tiles: int | None = None, seed: int = 0, threads: int = 1
-) -> torch.Tensor:
+def farms_spectrum(weight: torch.Tensor, max_tiles: int | None = None, seed: int = 0, threads: int = 1) -> torch.Tensor:
     """Pooled ESD of the 128 x 128 tiles of `weight` [n_rows, n_cols], ascending, float64 [128 x tiles].
 
     Stride 128, remainders dropped (FARMS as AlphaQ uses it). With more than `max_tiles` tiles that

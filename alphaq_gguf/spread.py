@@ -63,7 +63,9 @@ def warnings_about(alphas: Mapping[Key, Alpha]) -> list[str]:
     for problem, keys in problems.items():
         stack, xid, proj = keys[0]
         more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-        lines.append(f"{problem}: {stack} expert {xid} ({proj}){more}: no alpha, counted with the neutral sensitivity 1")
+        lines.append(
+            f"{problem}: {stack} expert {xid} ({proj}){more}: no alpha, counted with the neutral sensitivity 1"
+        )
     kinds = {found.spectrum for found in alphas.values()}
     if len(kinds) > 1:
         lines.append(

@@ -68,9 +68,7 @@ def choose_types(source: Source, overrides: Sequence[Override]) -> tuple[dict[st
     """
     stacks = {stack.name for stack in source.stacks}
     tied = "output.weight" not in source.tensors
-    types = {
-        info.name: default_type(info, tied=tied) for info in source.tensors.values() if info.name not in stacks
-    }
+    types = {info.name: default_type(info, tied=tied) for info in source.tensors.values() if info.name not in stacks}
     fixed: dict[str, QType] = {}
     for pattern, qtype in overrides:
         matched = [info for info in source.tensors.values() if re.search(pattern, info.name)]

@@ -70,7 +70,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = partial_path(path)
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
@@ -122,7 +122,7 @@ def write_gguf(
                     journal.write_text(json.dumps({"header": key, "tensors": i + 1}), encoding="utf-8")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, out)
+        partial.replace(out)
         journal.unlink(missing_ok=True)
     except OSError as error:
         _discard(partial, journal)

@@ -34,7 +34,9 @@ def add_tokenizer(directory: Path, n_vocab: int, writer: GGUFWriter, pre_tokeniz
     data = _read_json(path)
     model = data.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise SourceError(f"{path}: tokenizer of type {model.get('type')!r} is not supported", "supported: byte-level BPE")
+        raise SourceError(
+            f"{path}: tokenizer of type {model.get('type')!r} is not supported", "supported: byte-level BPE"
+        )
     vocab: dict[int, str] = {index: token for token, index in model.get("vocab", {}).items()}
     added: dict[int, dict[str, Any]] = {entry["id"]: entry for entry in data.get("added_tokens", [])}
     largest = max([*vocab, *added], default=-1)
@@ -66,14 +68,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SourceError(f"{path} is missing: the model has no fast tokenizer", "download the whole repository") from None
+        raise SourceError(
+            f"{path} is missing: the model has no fast tokenizer", "download the whole repository"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: not valid JSON: {error}", "download it again") from None
 
 
 def _looks_special(token: str) -> bool:
     """Markers such as <|im_start|> are control tokens even where a tokenizer forgot to flag them."""
-    return token.startswith(("<|", "<｜")) and token.endswith(("|>", "｜>"))
+    return token.startswith(("<|", "<\uff5c")) and token.endswith(("|>", "\uff5c>"))
 
 
 def _derive_pre_tokenizer(node: dict[str, Any], path: Path) -> str:

@@ -88,22 +88,13 @@ class Source(ABC):
     """
 
     kind: str
+    architecture: str
+    """The GGUF architecture name."""
+    fields: list[Field]
+    tensors: dict[str, TensorInfo]
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    @abstractmethod
-    def architecture(self) -> str:
-        """The GGUF architecture name."""
-
-    @property
-    @abstractmethod
-    def fields(self) -> list[Field]: ...
-
-    @property
-    @abstractmethod
-    def tensors(self) -> dict[str, TensorInfo]: ...
 
     @abstractmethod
     def _load_rows(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..encode import decode_rows
 from ..errors import SourceError
-from ..gguf_file import Field, TensorInfo, read_header
+from ..gguf_file import read_header
 from ..qtypes import FLOAT_TYPES, row_bytes
 from .base import Source
 
@@ -21,8 +21,12 @@ class GGUFSource(Source):
     def __init__(self, path: Path, *, allow_requantize: bool = False) -> None:
         super().__init__(path)
         self.header = read_header(path)
-        if self.header.get("general.architecture") is None:
+        architecture = self.header.get("general.architecture")
+        if not isinstance(architecture, str):
             raise SourceError(f"{path}: no general.architecture in its metadata", "this is not a model file")
+        self.architecture = architecture
+        self.fields = list(self.header.fields.values())
+        self.tensors = self.header.tensors
         if self.header.get("split.count", 0) > 1:
             raise SourceError(
                 f"{path}: one of {self.header.get('split.count')} split files",
@@ -35,18 +39,6 @@ class GGUFSource(Source):
                 "start from the F32, F16 or BF16 file, or pass --allow-requantize and accept the added error",
             )
         self.require_experts()
-
-    @property
-    def architecture(self) -> str:
-        return self.header.get("general.architecture")
-
-    @property
-    def fields(self) -> list[Field]:
-        return list(self.header.fields.values())
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return self.header.tensors
 
     @property
     def files(self) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +37,15 @@ class HuggingFaceSource(Source):
         self.family.check(self.config)
         self._plans = {plan.name: plan for plan in self.family.plan_tensors(self.config, self._shards.shapes)}
         self._refuse_leftovers()
-        self.require_experts()
-
-    @property
-    def architecture(self) -> str:
-        return self.family.gguf_arch
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return {
+        self.architecture = self.family.gguf_arch
+        self.tensors = {
             plan.name: TensorInfo(plan.name, plan.shape, self._shards.qtype(plan.parts[0].tensor))
             for plan in self._plans.values()
         }
+        self.require_experts()
+        self.fields = self._make_fields()
 
-    @cached_property
-    def fields(self) -> list[Field]:
+    def _make_fields(self) -> list[Field]:
         """The metadata llama.cpp's own converter writes: general, hyper-parameters, tokenizer."""
         writer = GGUFWriter(None, self.architecture)
         writer.add_type(GGUFType.MODEL)
@@ -93,7 +86,9 @@ class HuggingFaceSource(Source):
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             what = "is empty" if not any(self.path.iterdir()) else f"holds no {name}: not a model directory"
-            raise SourceError(f"{self.path} {what}", "give a Hugging Face checkpoint directory or a .gguf file") from None
+            raise SourceError(
+                f"{self.path} {what}", "give a Hugging Face checkpoint directory or a .gguf file"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise SourceError(f"{path}: not valid JSON: {error}", "download it again") from None
         if not isinstance(data, dict):
@@ -130,7 +125,7 @@ class HuggingFaceSource(Source):
         if left:
             shown = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
             raise SourceError(
-                f"{self.path}: {len(left)} tensors have no place in {self.architecture}: {shown}",
+                f"{self.path}: {len(left)} tensors have no place in {self.family.gguf_arch}: {shown}",
                 "the checkpoint is not a plain model of this family",
             )
 

@@ -67,7 +67,9 @@ def command(
     """Turn an MoE checkpoint into a mixed-precision GGUF that llama.cpp and Ollama run."""
     console = Console(quiet=quiet, as_json=json)
     if recipe is not None and any((bpw, size, types, tensor_type, alphas)):
-        raise UsageError("--recipe already holds the allocation", "leave out --bpw, --size, --types, --tensor-type and --alphas")
+        raise UsageError(
+            "--recipe already holds the allocation", "leave out --bpw, --size, --types, --tensor-type and --alphas"
+        )
     settings = o.allocation_settings(
         bpw=bpw,
         size=size,
@@ -119,7 +121,9 @@ def command(
             if remark:
                 console.note(remark)
         commands = _next_commands(out, modelfile_path if modelfile else None)
-        console.result(f"Wrote {out}: {format_count(done.size, 'bytes')}, {chosen.expert_bpw:.4g} bits per expert weight")
+        console.result(
+            f"Wrote {out}: {format_count(done.size, 'bytes')}, {chosen.expert_bpw:.4g} bits per expert weight"
+        )
         console.result("Try it:")
         for line in commands:
             console.result(f"  {line}")
@@ -135,7 +139,11 @@ def _stem(source: Path) -> str:
 def _next_commands(out: Path, modelfile: Path | None) -> list[str]:
     """How to run the file: with this tool, llama.cpp and Ollama."""
     name = out.stem.lower()
-    create = f"ollama create {name} -f {modelfile}" if modelfile else f"echo FROM {out.resolve()} > Modelfile && ollama create {name} -f Modelfile"
+    create = (
+        f"ollama create {name} -f {modelfile}"
+        if modelfile
+        else f"echo FROM {out.resolve()} > Modelfile && ollama create {name} -f Modelfile"
+    )
     return [
         f'alphaq-gguf run {out} "Hello"',
         f'llama-cli -m {out} -p "Hello"',

@@ -60,9 +60,7 @@ Gamma = Annotated[
         show_default=False,
     ),
 ]
-Reference = Annotated[
-    ReferenceName, typer.Option(help="What the median alpha is taken over.", rich_help_panel=_BUDGET)
-]
+Reference = Annotated[ReferenceName, typer.Option(help="What the median alpha is taken over.", rich_help_panel=_BUDGET)]
 Types = Annotated[
     str | None,
     typer.Option(

@@ -41,8 +41,11 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
     if result.get("distortion_standard_error"):
         console.result(f"Sampling error of the predicted error: {100 * result['distortion_standard_error']:.2g} %")
     shares = ", ".join(
-        f"{name} {100 * count / sum(recipe.histogram().values()):.0f} %" for name, count in sorted(recipe.histogram().items())
+        f"{name} {100 * count / sum(recipe.histogram().values()):.0f} %"
+        for name, count in sorted(recipe.histogram().items())
     )
-    console.result(f"Experts: {recipe.expert_bpw:.4g} bits per weight, {format_count(recipe.expert_bytes, 'bytes')} ({shares})")
+    console.result(
+        f"Experts: {recipe.expert_bpw:.4g} bits per weight, {format_count(recipe.expert_bytes, 'bytes')} ({shares})"
+    )
     if result.get("file_bytes"):
         console.result(f"File: {format_count(result['file_bytes'], 'bytes')}")

@@ -51,7 +51,7 @@ class LlamaModel:
 
         errors = _collect_errors()
         errors.clear()
-        kv_type = {"type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32} if exact else {}
+        kv_type: dict[str, Any] = {"type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32} if exact else {}
         try:
             self.llm: Any = llama_cpp.Llama(
                 str(path),
@@ -91,7 +91,7 @@ class LlamaModel:
         """The token every sequence must start with, None when the model wants none."""
         import llama_cpp
 
-        vocab = llama_cpp.llama_model_get_vocab(self.llm.model)
+        vocab: Any = llama_cpp.llama_model_get_vocab(self.llm.model)
         return self.llm.token_bos() if llama_cpp.llama_vocab_get_add_bos(vocab) else None
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
