@@ -289,14 +289,15 @@ def _check_budget(
             )
         return min(budget, most)
     assert settings.bpw is not None
-    budget = int(settings.bpw * n_weights / 8 * (1 + 1e-12))
-    if not np.isfinite(settings.bpw) or budget < least:
+    # A hair more than asked for, so that 3.4375 means all Q3_K in spite of rounding; NaN fails the test.
+    wanted = settings.bpw * n_weights / 8 * (1 + 1e-12)
+    if not wanted >= least:
         low = np.ceil(least * 8 / n_weights * 1000) / 1000
         raise BudgetError(
             f"{settings.bpw:g} bits per expert weight is impossible: feasible are {low:g} to {most * 8 / n_weights:g}",
             "ask for more, or allow smaller types with --types",
         )
-    return min(budget, most)
+    return most if wanted >= most else int(wanted)
 
 
 def _recipe(

@@ -16,8 +16,9 @@ from ..errors import SourceError, WeightError
 from ..gguf_file import Field, TensorInfo
 
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.weight$")
-# Bytes hashed at the start, middle and end of each tensor for the fingerprint.
-_SAMPLE_BYTES = 4096
+# Models up to this size are hashed whole for the fingerprint; of larger ones three samples per tensor.
+_WHOLE_BYTES = 1 << 30
+_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,22 @@ class Source(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A sha256 that identifies the weights: architecture, every tensor's name, shape and type, and samples.
+        """A sha256 that identifies the weights: architecture, every tensor's name, shape and type, and contents.
 
-        Samples are the first, middle and last 4 KiB of each tensor (all of a small one), so that a
-        model of hundreds of GiB is identified in seconds.
+        Contents are all bytes up to 1 GiB of weights; of larger models the first, middle and last
+        64 KiB of each tensor, so that hundreds of GiB are identified in seconds.
         """
         digest = hashlib.sha256(self.architecture.encode())
+        whole = sum(info.n_bytes for info in self.tensors.values()) <= _WHOLE_BYTES
         for info in self.tensors.values():
             digest.update(f"{info.name} {info.shape} {info.qtype.name}".encode())
             rows = max(1, _SAMPLE_BYTES * info.n_rows // max(info.n_bytes, 1))
-            middle = info.n_rows // 2
-            for start in sorted({0, min(middle, info.n_rows - 1), max(0, info.n_rows - rows)}):
-                digest.update(self.read_bytes(info.name, start, min(start + rows, info.n_rows)).tobytes())
+            if whole:
+                starts = range(0, info.n_rows, rows)
+            else:
+                starts = sorted({0, info.n_rows // 2, max(0, info.n_rows - rows)})
+            for start in starts:
+                digest.update(self.read_bytes(info.name, start, min(start + rows, info.n_rows)))
         return digest.hexdigest()
 
     def require_experts(self) -> None:
