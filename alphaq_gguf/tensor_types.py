@@ -32,7 +32,7 @@ def default_type(info: TensorInfo, *, tied: bool) -> QType:
     """
     if info.qtype not in FLOAT_TYPES:
         return info.qtype
-    if len(info.shape) < 2 or _ALWAYS_F32.search(info.name):
+    if _stays_float(info):
         return QType.F32
     if info.name == _EMBEDDING:
         wanted = QType.Q8_0 if tied else QType.Q6_K
@@ -44,6 +44,10 @@ def default_type(info: TensorInfo, *, tied: bool) -> QType:
         if fits(qtype, info.n_cols):
             return qtype
     return QType.F16
+
+
+def _stays_float(info: TensorInfo) -> bool:
+    return len(info.shape) < 2 or _ALWAYS_F32.search(info.name) is not None
 
 
 def parse_overrides(texts: Iterable[str]) -> list[Override]:
@@ -64,28 +68,28 @@ def parse_overrides(texts: Iterable[str]) -> list[Override]:
 def choose_types(source: Source, overrides: Sequence[Override]) -> tuple[dict[str, QType], dict[str, QType]]:
     """(types of all tensors that are not expert stacks, types fixed by the user for expert stacks).
 
-    Later overrides win. UsageError for a pattern that matches no tensor or a type that does not fit.
+    Later overrides win; quantised types pass over routers, norms, biases and vectors, which llama.cpp
+    needs as floats. UsageError for a pattern that matches nothing to change or a type that does not fit.
     """
     stacks = {stack.name for stack in source.stacks}
     tied = "output.weight" not in source.tensors
     types = {info.name: default_type(info, tied=tied) for info in source.tensors.values() if info.name not in stacks}
     fixed: dict[str, QType] = {}
     for pattern, qtype in overrides:
+        option = f"--tensor-type {pattern}={qtype.name}"
         matched = [info for info in source.tensors.values() if re.search(pattern, info.name)]
         if not matched:
-            raise UsageError(
-                f"--tensor-type {pattern}={qtype.name} matches no tensor", "`alphaq-gguf inspect` lists tensor names"
-            )
+            raise UsageError(f"{option} matches no tensor", "`alphaq-gguf inspect` lists tensor names")
+        if qtype not in FLOAT_TYPES:
+            # So that `attn_=Q6_K` can be said without naming every norm and bias it also finds.
+            matched = [info for info in matched if not _stays_float(info)]
+            if not matched:
+                raise UsageError(f"{option} matches only routers, norms, biases or vectors, which stay float")
         for info in matched:
             if not fits(qtype, info.n_cols):
                 raise UsageError(
-                    f"--tensor-type {pattern}={qtype.name}: {info.name} has rows of {info.n_cols}, which "
-                    f"{qtype.name} blocks do not divide"
-                )
-            if qtype not in FLOAT_TYPES and len(info.shape) < 2:
-                raise UsageError(
-                    f"--tensor-type {pattern}={qtype.name}: {info.name} is a vector, which llama.cpp needs as F32",
-                    "make the expression narrower",
+                    f"{option}: {info.name} has rows of {info.n_cols}, which {qtype.name} blocks do not divide",
+                    "choose another type or make the expression narrower",
                 )
             (fixed if info.name in stacks else types)[info.name] = qtype
     return types, fixed

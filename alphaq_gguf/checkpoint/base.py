@@ -148,12 +148,9 @@ class Source(ABC):
         for info in self.tensors.values():
             digest.update(f"{info.name} {info.shape} {info.qtype.name}".encode())
             rows = max(1, _SAMPLE_BYTES * info.n_rows // max(info.n_bytes, 1))
-            if whole:
-                starts = range(0, info.n_rows, rows)
-            else:
-                starts = sorted({0, info.n_rows // 2, max(0, info.n_rows - rows)})
-            for start in starts:
-                digest.update(self.read_bytes(info.name, start, min(start + rows, info.n_rows)))
+            samples = sorted({0, info.n_rows // 2, max(0, info.n_rows - rows)})
+            for start in range(0, info.n_rows, rows) if whole else samples:
+                digest.update(self.read_bytes(info.name, start, min(start + rows, info.n_rows)).data)
         return digest.hexdigest()
 
     def require_experts(self) -> None:

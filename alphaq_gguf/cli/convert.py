@@ -25,7 +25,7 @@ def command(
     source: o.Source,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="GGUF file to write. [default: SOURCE-NAME-alphaq-BUDGET.gguf here]"),
+        typer.Option("--output", "-o", help="GGUF file to write. (default: SOURCE-NAME-alphaq-BUDGET.gguf here)"),
     ] = None,
     recipe: Annotated[
         Path | None,

@@ -14,6 +14,8 @@ from ..console import Console
 from ..errors import AlphaQError
 from . import allocate, alphas, convert, inspect, run
 
+COMMANDS = (convert, alphas, allocate, inspect, run)
+
 app = typer.Typer(
     name="alphaq-gguf",
     help="Mixed-precision GGUF files for Mixture-of-Experts models, without calibration data.",
@@ -38,7 +40,7 @@ def _options(
     """Mixed-precision GGUF files for Mixture-of-Experts models, without calibration data."""
 
 
-for module in (convert, alphas, allocate, inspect, run):
+for module in COMMANDS:
     app.command(module.NAME)(module.command)
 
 

@@ -55,7 +55,7 @@ Strategy = Annotated[
 Gamma = Annotated[
     float | None,
     typer.Option(
-        help="Strength of alpha (0 ignores it). [default: 1 / std(ln alpha)]",
+        help="Strength of alpha (0 ignores it). (default: 1 / std(ln alpha))",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),
@@ -64,8 +64,8 @@ Reference = Annotated[ReferenceName, typer.Option(help="What the median alpha is
 Types = Annotated[
     str | None,
     typer.Option(
-        help="Types allowed for expert stacks, comma-separated. [default: Q2_K to Q6_K and Q8_0 for rows of a "
-        "multiple of 256, Q4_0, Q5_0, Q5_1 and Q8_0 for others]",
+        help="Types allowed for expert stacks, comma-separated. (default: Q2_K to Q6_K and Q8_0 for rows of a "
+        "multiple of 256, Q4_0, Q5_0, Q5_1 and Q8_0 for others)",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),
@@ -117,16 +117,16 @@ Force = Annotated[bool, typer.Option("--force", help="Replace existing files.", 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=_OUTPUT)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_OUTPUT)]
 Device = Annotated[
-    str, typer.Option(help="Where spectra are computed: cpu, cuda, cuda:1, mps.", rich_help_panel=_MACHINE)
+    str, typer.Option(help="Where spectra are computed: cpu, cuda, cuda:1, ...", rich_help_panel=_MACHINE)
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="CPU threads. [default: all cores]", min=1, rich_help_panel=_MACHINE, show_default=False),
+    typer.Option(help="CPU threads. (default: all cores)", min=1, rich_help_panel=_MACHINE, show_default=False),
 ]
 CacheDir = Annotated[
     Path | None,
     typer.Option(
-        help="Where measurements are kept. [default: the user's cache directory]",
+        help="Where measurements are kept. (default: the user's cache directory)",
         rich_help_panel=_MACHINE,
         show_default=False,
     ),
@@ -175,12 +175,12 @@ def cache_or_default(cache_dir: Path | None) -> Path:
 
 
 def check_device(device: str) -> str:
-    """UsageError when torch has no such device here."""
+    """UsageError when torch has no such device here, or one without float64, which spectra need."""
     import torch
 
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.empty(1, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: not available: {reason}", "use --device cpu") from None
     return device
