@@ -35,7 +35,10 @@ def write_tokenizer(directory: Path, vocab_size: int = 400) -> None:
     """A byte-level BPE tokenizer with Qwen2's splitting regex and ChatML, trained on a few sentences."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -62,14 +65,15 @@ def write_tokenizer(directory: Path, vocab_size: int = 400) -> None:
         "unk_token": None,
         "add_prefix_space": False,
         "model_max_length": 512,
-        "chat_template": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        "chat_template": "{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def build_qwen2_moe(
-    directory: Path, *, dtype: str = "float32", shards: bool = False, fused: bool = False, **changes
+    directory: Path, *, dtype: str = "float32", shards: bool = False, fused: bool = False, **changes: object
 ) -> Path:
     """A random Qwen2-MoE checkpoint by transformers: 2 layers, 4 experts of width 256, 400 tokens.
 
