@@ -21,6 +21,9 @@ from .errors import OutputError
 from .gguf_file import TensorInfo
 from .reporter import Reporter, Silent
 
+# Bytes after which an unfinished file is made safe against a crash; Ctrl-C makes it safe at once.
+_CHECKPOINT_BYTES = 1 << 28
+
 Produce = Callable[[TensorInfo], Iterator[np.ndarray]]
 """The bytes of a tensor in order, as uint8 arrays."""
 
@@ -103,23 +106,36 @@ def write_gguf(
     check_space(out, size)
     key = hashlib.sha256(header).hexdigest()
     done = _completed(partial, journal, key, header, tensors)
+    ends = [len(header) + info.offset for info in tensors[1:]] + [size]
+    resumed = ends[done - 1] if done else 0
     try:
         with partial.open("r+b" if done else "wb") as file:
-            start = len(header) + tensors[done].offset if done < len(tensors) else size
             if done:
-                file.truncate(start)
-                file.seek(start)
+                file.truncate(resumed)
+                file.seek(resumed)
             else:
                 file.write(header)
-                start = len(header)
-            with reporter.task("Writing", sum(t.n_bytes for t in tensors), "bytes") as advance:
-                advance(sum(t.n_bytes for t in tensors[:done]))
-                for i in range(done, len(tensors)):
-                    _write_tensor(file, tensors[i], produce, advance)
-                    end = len(header) + (tensors[i + 1].offset if i + 1 < len(tensors) else size - len(header))
-                    file.write(b"\0" * (end - file.tell()))
-                    file.flush()
-                    journal.write_text(json.dumps({"header": key, "tensors": i + 1}), encoding="utf-8")
+
+            def checkpoint() -> None:
+                # The journal may never claim what a power cut could still lose.
+                file.flush()
+                os.fsync(file.fileno())
+                journal.write_text(json.dumps({"header": key, "tensors": done}), encoding="utf-8")
+
+            saved = resumed
+            try:
+                with reporter.task("Writing", sum(t.n_bytes for t in tensors), "bytes") as advance:
+                    advance(sum(t.n_bytes for t in tensors[:done]))
+                    for info, end in zip(tensors[done:], ends[done:], strict=True):
+                        _write_tensor(file, info, produce, advance)
+                        file.write(b"\0" * (end - file.tell()))
+                        done += 1
+                        if end - saved >= _CHECKPOINT_BYTES:
+                            checkpoint()
+                            saved = end
+            except KeyboardInterrupt:
+                checkpoint()
+                raise
             file.flush()
             os.fsync(file.fileno())
         partial.replace(out)
@@ -130,7 +146,7 @@ def write_gguf(
     except Exception:
         _discard(partial, journal)
         raise
-    return start if done else 0
+    return resumed
 
 
 def _write_tensor(file, info: TensorInfo, produce: Produce, advance: Callable[[int], None]) -> None:

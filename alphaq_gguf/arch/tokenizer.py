@@ -24,6 +24,10 @@ PRE_TOKENIZERS = {
 }
 
 
+# llama.cpp prepends BOS for these ids unless told otherwise; a tokenizer that says nothing adds none.
+_BOS_BY_DEFAULT = {"llama-bpe"}
+
+
 def add_tokenizer(directory: Path, n_vocab: int, writer: GGUFWriter, pre_tokenizer: str | None = None) -> None:
     """Add the byte-level BPE tokenizer of `directory` to `writer`, padded to `n_vocab` tokens.
 
@@ -58,10 +62,14 @@ def add_tokenizer(directory: Path, n_vocab: int, writer: GGUFWriter, pre_tokeniz
             tokens.append(f"[PAD{index}]")
             types.append(TokenType.UNUSED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer or _derive_pre_tokenizer(data.get("pre_tokenizer") or {}, path))
+    pre = pre_tokenizer or _derive_pre_tokenizer(data.get("pre_tokenizer") or {}, path)
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    SpecialVocab(directory, load_merges=True, n_vocab=n_vocab).add_to_gguf(writer, quiet=True)
+    special = SpecialVocab(directory, load_merges=True, n_vocab=n_vocab)
+    special.add_to_gguf(writer, quiet=True)
+    if pre in _BOS_BY_DEFAULT and "bos" not in special.add_special_token:
+        writer.add_add_bos_token(False)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

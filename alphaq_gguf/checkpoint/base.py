@@ -16,6 +16,7 @@ from ..errors import SourceError, WeightError
 from ..gguf_file import Field, TensorInfo
 
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.weight$")
+_UNSTACKED = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight$")
 # Models up to this size are hashed whole for the fingerprint; of larger ones three samples per tensor.
 _WHOLE_BYTES = 1 << 30
 _SAMPLE_BYTES = 1 << 16
@@ -155,6 +156,11 @@ class Source(ABC):
 
     def require_experts(self) -> None:
         """SourceError when the model is dense."""
+        if not self.stacks and any(_UNSTACKED.match(name) for name in self.tensors):
+            raise SourceError(
+                f"{self.path}: one tensor per expert (blk.N.ffn_gate.M.weight), which llama.cpp no longer loads",
+                "convert the checkpoint to GGUF again with a current convert_hf_to_gguf.py",
+            )
         if not self.stacks:
             raise SourceError(
                 f"{self.path}: a dense model: no expert tensors (blk.N.ffn_*_exps.weight) among {len(self.tensors)}",

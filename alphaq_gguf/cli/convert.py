@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,15 +139,12 @@ def _stem(source: Path) -> str:
 
 def _next_commands(out: Path, modelfile: Path | None) -> list[str]:
     """How to run the file: with this tool, llama.cpp and Ollama."""
-    name = out.stem.lower()
-    create = (
-        f"ollama create {name} -f {modelfile}"
-        if modelfile
-        else f"echo FROM {out.resolve()} > Modelfile && ollama create {name} -f Modelfile"
-    )
+    name, file = out.stem.lower(), shlex.quote(str(out))
+    script = shlex.quote(str(modelfile or out.with_suffix(".Modelfile")))
+    write = "" if modelfile else f"echo FROM ./{shlex.quote(out.name)} > {script} && "
     return [
-        f'alphaq-gguf run {out} "Hello"',
-        f'llama-cli -m {out} -p "Hello"',
-        f"llama-server -m {out}",
-        f"{create} && ollama run {name}",
+        f'alphaq-gguf run {file} "Hello"',
+        f'llama-cli -m {file} -p "Hello"',
+        f"llama-server -m {file}",
+        f"{write}ollama create {name} -f {script} && ollama run {name}",
     ]

@@ -97,7 +97,6 @@ class LlamaModel:
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after every token of one sequence, float32 [len(tokens), n_vocab]."""
         self.llm.reset()
-        self.llm._ctx.kv_cache_clear()
         self.llm.eval(list(tokens))
         return np.array(self.llm.scores[: len(tokens)], dtype=np.float32)
 

@@ -127,6 +127,12 @@ def test_dense_gguf(refused, tmp_path: Path) -> None:
     assert "dense model" in refused("convert", "dense.gguf", "--bpw", 4)
 
 
+def test_gguf_with_one_tensor_per_expert(refused, tmp_path: Path) -> None:
+    experts = {f"blk.0.ffn_{p}.{x}.weight": np.zeros((256, 256), np.float32) for p in ("gate", "up") for x in (0, 1)}
+    write_gguf(tmp_path / "old.gguf", experts)
+    assert "one tensor per expert" in refused("convert", "old.gguf", "--bpw", 4)
+
+
 def test_unsupported_family_lists_the_supported_ones_and_the_gguf_route(refused, tiny_copy: Path) -> None:
     change_config(tiny_copy, model_type="hypermoe", architectures=["HyperMoeForCausalLM"])
     line = refused("convert", tiny_copy, "--bpw", 4)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CORPUS, build_qwen2_moe
+from conftest import CORPUS, QWEN2_REGEX, build_qwen2_moe, write_tokenizer
 from gguf import GGUFReader
 from oracles import convert_with_llama_cpp, quantize_with_llama_cpp
 
@@ -123,12 +124,23 @@ def test_blocks_of_odd_rows_are_byte_equal_to_llama_cpps_quantiser(tmp_path: Pat
             assert tensor.data.tobytes() == ours_read[tensor.name].data.tobytes(), tensor.name
 
 
-def test_token_ids_equal_those_of_the_checkpoints_tokenizer(tiny: Path, tmp_path: Path, cli) -> None:
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize(
+    ("regex", "name"),
+    [(QWEN2_REGEX, "qwen2"), (QWEN2_REGEX.replace(r"\p{N}|", r"\p{N}{1,3}|"), "llama-bpe"), (None, "gpt-2")],
+)
+def test_token_ids_equal_those_of_the_checkpoints_tokenizer(
+    regex: str | None, name: str, tiny_copy: Path, tmp_path: Path, cli
+) -> None:
+    from transformers import PreTrainedTokenizerFast
 
+    write_tokenizer(tiny_copy, regex=regex)
     out = tmp_path / "out.gguf"
-    assert cli("convert", tiny, "-o", out, "--bpw", 4)[0] == 0
-    reference = AutoTokenizer.from_pretrained(tiny)
+    code, _, err = cli("convert", tiny_copy, "-o", out, "--bpw", 4)
+    assert code == 0, err
+    assert metadata(out)["tokenizer.ggml.pre"] == ("STRING", name)
+    # The generic class takes tokenizer.json as it is; the Qwen2 class would put its own regex in.
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tiny_copy / "tokenizer.json"))
+    reference.chat_template = json.loads((tiny_copy / "tokenizer_config.json").read_text())["chat_template"]
     with LlamaModel(out, n_ctx=64, threads=1) as model:
         for text in AWKWARD:
             # Qwen's tokenizer normalises to NFC and llama.cpp does not, so the text is NFC to begin with.
