@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import AlphaQError
 
 Row = dict[str, str]
+T = TypeVar("T")
 
 
 class Ledger:
@@ -29,15 +31,30 @@ class Ledger:
         self.complete = False
         for candidate in (path, self.partial):
             if candidate.is_file():
-                found_header, rows = read_ledger(candidate)
+                try:
+                    found_header, rows = read_ledger(candidate)
+                except AlphaQError:
+                    continue
                 if found_header == header:
                     self.rows = rows
                     self.complete = candidate is path
                     break
         self._file: io.TextIOWrapper | None = None
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row and hand it to the operating system, so that a killed process loses nothing."""
+    def parsed(self, parse: Callable[[Row], T]) -> list[T]:
+        """Every row through `parse`; rows it cannot read are dropped, to be measured again."""
+        good, values = [], []
+        for row in self.rows:
+            try:
+                values.append(parse(row))
+                good.append(row)
+            except (KeyError, ValueError):
+                self.complete = False
+        self.rows = good
+        return values
+
+    def append(self, row: dict[str, Any]) -> Row:
+        """Add a row and hand it to the operating system, so that a killed process loses nothing; returns its text."""
         text = {column: format_value(row[column]) for column in self.columns}
         self.rows.append(text)
         self.complete = False
@@ -49,6 +66,7 @@ class Ledger:
         else:
             csv.DictWriter(self._file, self.columns, lineterminator="\n").writerow(text)
         self._file.flush()
+        return text
 
     def close(self, *, complete: bool) -> None:
         """Close the file; a complete ledger takes its final name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ SCHEMA = 1
 # Nominal cost of one 128 x 128 tile, and the estimate up to which all tiles are used.
 TILE_CORE_S = 0.5e-3
 ALL_TILES_CORE_S = 30 * 60.0
+_WORTH_A_LINE_S = 20.0
 # Expert weights up to which every row is encoded for the distortion; above, rows are sampled.
 ALL_ROWS_WEIGHTS = 200_000_000
 SAMPLED_ROWS = 64
@@ -124,6 +125,15 @@ def tile_seconds(stacks: list[ExpertStack]) -> float:
     return tiles * TILE_CORE_S
 
 
+def note_tiles(settings: AlphaSettings | None, stacks: list[ExpertStack], threads: int, reporter: Reporter) -> None:
+    """Say what all tiles would cost, and whether they are all used, where that is worth a line."""
+    seconds = tile_seconds(stacks) / threads
+    if settings and settings.spectrum == "farms" and seconds > _WORTH_A_LINE_S:
+        kept = settings.max_tiles(stacks)
+        chosen = "using all" if kept is None else f"using {kept} seeded tiles a matrix (--tiles all for all)"
+        reporter.note(f"Spectra of all tiles take about {seconds / 60:.1f} min on {threads} threads: {chosen}")
+
+
 def measure(
     source: Source,
     *,
@@ -143,73 +153,118 @@ def measure(
     matrix with NaN or infinite weights.
     """
     reporter = reporter or Silent()
-    stacks = source.stacks
-    with ExitStack() as closing:
-        alpha_ledger = None
-        if given_alphas is not None:
-            alpha_header, alpha_rows = load_alphas(given_alphas, source)
-        elif alphas is not None:
-            alpha_header = _alpha_header(source, alphas)
-            alpha_ledger = _open_ledger(cache_dir, "alphas", alpha_header, ALPHA_COLUMNS)
-            alpha_rows = alpha_ledger.rows
-        else:
-            alpha_header, alpha_rows = {}, []
-        found_alphas = {_row_key(row): _parse_alpha(row) for row in alpha_rows}
-        distortion_ledger, found_errors, distortion_header = None, {}, {}
-        if distortion is not None and distortion.kind == "measured":
-            distortion_header = _distortion_header(source, distortion)
-            distortion_ledger = _open_ledger(cache_dir, "distortion", distortion_header, DISTORTION_COLUMNS)
-            found_errors = {
-                (_row_key(row), QType[row["qtype"]]): Distortion(
-                    float(row["squared_error"]), float(row["standard_error"])
-                )
-                for row in distortion_ledger.rows
-            }
-        ledgers = [ledger for ledger in (alpha_ledger, distortion_ledger) if ledger is not None]
-        for ledger in ledgers:
-            closing.callback(ledger.close, complete=False)
+    meters: list[_AlphaMeter | _DistortionMeter] = []
+    found_alphas, alpha_header = {}, {}
+    if given_alphas is not None:
+        alpha_header, found_alphas = load_alphas(given_alphas, source)
+    elif alphas is not None:
+        alpha_meter = _AlphaMeter(source, alphas, cache_dir, device, threads)
+        alpha_header, found_alphas = alpha_meter.ledger.header, alpha_meter.found
+        meters.append(alpha_meter)
+    found_distortions, distortion_header = {}, {}
+    if distortion is not None and distortion.kind == "measured":
+        distortion_meter = _DistortionMeter(source, distortion, qtypes, cache_dir, threads)
+        distortion_header, found_distortions = distortion_meter.ledger.header, distortion_meter.found
+        meters.append(distortion_meter)
 
-        matrices = [m for stack in stacks for m in stack.matrices]
-        todo = []
-        for m in matrices:
-            need_alpha = alpha_ledger is not None and key_of(m) not in found_alphas
-            need_types = [
-                q for q in qtypes.get(m.stack, ()) if distortion_ledger and (key_of(m), q) not in found_errors
-            ]
-            if need_alpha or need_types:
-                todo.append((m, need_alpha, need_types))
+    matrices = [m for stack in source.stacks for m in stack.matrices]
+    todo = [m for m in matrices if any(meter.needs(m) for meter in meters)]
+    try:
         if todo:
-            max_tiles = alphas.max_tiles(stacks) if alphas else None
-            sample = distortion.sample_rows(stacks) if distortion else None
-            closing.enter_context(_one_torch_thread())
-            advance = closing.enter_context(
-                reporter.task("Measuring experts", sum(m.n_rows * m.n_cols for m, _, _ in todo), "weights")
-            )
-            for matrix, need_alpha, need_types in todo:
-                rows = source.read_matrix(matrix)
-                if need_alpha and alphas and alpha_ledger:
-                    row = measure_alpha(matrix, rows, alphas, max_tiles, device, threads)
-                    alpha_ledger.append(row)
-                    found_alphas[key_of(matrix)] = _parse_alpha(alpha_ledger.rows[-1])
-                for qtype in need_types:
-                    assert distortion and distortion_ledger
-                    result = measure_distortion(rows, qtype, sample, _seed(distortion.seed, matrix), threads)
-                    found_errors[key_of(matrix), qtype] = result
-                    distortion_ledger.append(
-                        {
-                            "stack": matrix.stack,
-                            "expert": matrix.xid,
-                            "proj": matrix.proj,
-                            "qtype": qtype.name,
-                            "squared_error": result.squared_error,
-                            "standard_error": result.standard_error,
-                            "rows": min(sample or matrix.n_rows, matrix.n_rows),
-                        }
-                    )
-                advance(matrix.n_rows * matrix.n_cols)
-        for ledger in ledgers:
-            ledger.close(complete=True)
-    return Measurements(found_alphas, found_errors, alpha_header, distortion_header)
+            if any(isinstance(meter, _AlphaMeter) for meter in meters):
+                note_tiles(alphas, source.stacks, threads, reporter)
+            total = sum(m.n_rows * m.n_cols for m in todo)
+            with _one_torch_thread(), reporter.task("Measuring experts", total, "weights") as advance:
+                for matrix in todo:
+                    rows = source.read_matrix(matrix)
+                    for meter in meters:
+                        if meter.needs(matrix):
+                            meter.measure(matrix, rows)
+                    advance(matrix.n_rows * matrix.n_cols)
+    except BaseException:
+        for meter in meters:
+            meter.ledger.close(complete=False)
+        raise
+    for meter in meters:
+        meter.ledger.close(complete=True)
+    return Measurements(found_alphas, found_distortions, alpha_header, distortion_header)
+
+
+class _AlphaMeter:
+    """Alphas of one source under one setting, in memory and in their ledger."""
+
+    def __init__(self, source: Source, settings: AlphaSettings, cache_dir: Path, device: str, threads: int) -> None:
+        self.settings = settings
+        self.device = device
+        self.threads = threads
+        self.max_tiles = settings.max_tiles(source.stacks)
+        header = {
+            "measured": "alphas",
+            "schema": SCHEMA,
+            "source": source.fingerprint,
+            "spectrum": settings.spectrum,
+            "estimator": settings.estimator,
+            "max_tiles": self.max_tiles,
+            "seed": settings.seed,
+        }
+        self.ledger = _open_ledger(cache_dir, "alphas", header, ALPHA_COLUMNS)
+        self.found: dict[Key, Alpha] = dict(self.ledger.parsed(_parse_alpha))
+
+    def needs(self, matrix: ExpertMatrix) -> bool:
+        return key_of(matrix) not in self.found
+
+    def measure(self, matrix: ExpertMatrix, rows: np.ndarray) -> None:
+        row = measure_alpha(matrix, rows, self.settings, self.max_tiles, self.device, self.threads)
+        key, alpha = _parse_alpha(self.ledger.append(row))
+        self.found[key] = alpha
+
+
+class _DistortionMeter:
+    """Encoding errors of one source under one setting, for the types each stack may take."""
+
+    def __init__(
+        self,
+        source: Source,
+        settings: DistortionSettings,
+        qtypes: Mapping[str, tuple[QType, ...]],
+        cache_dir: Path,
+        threads: int,
+    ) -> None:
+        self.seed = settings.seed
+        self.sample = settings.sample_rows(source.stacks)
+        self.qtypes = qtypes
+        self.threads = threads
+        header = {
+            "measured": "distortion",
+            "schema": SCHEMA,
+            "source": source.fingerprint,
+            "encoder": library_version(),
+            "rows": self.sample,
+            "seed": settings.seed,
+        }
+        self.ledger = _open_ledger(cache_dir, "distortion", header, DISTORTION_COLUMNS)
+        self.found: dict[tuple[Key, QType], Distortion] = dict(self.ledger.parsed(_parse_distortion))
+
+    def _missing(self, matrix: ExpertMatrix) -> list[QType]:
+        return [q for q in self.qtypes.get(matrix.stack, ()) if (key_of(matrix), q) not in self.found]
+
+    def needs(self, matrix: ExpertMatrix) -> bool:
+        return bool(self._missing(matrix))
+
+    def measure(self, matrix: ExpertMatrix, rows: np.ndarray) -> None:
+        for qtype in self._missing(matrix):
+            result = measure_distortion(rows, qtype, self.sample, _seed(self.seed, matrix), self.threads)
+            row = {
+                "stack": matrix.stack,
+                "expert": matrix.xid,
+                "proj": matrix.proj,
+                "qtype": qtype.name,
+                "squared_error": result.squared_error,
+                "standard_error": result.standard_error,
+                "rows": min(self.sample or matrix.n_rows, matrix.n_rows),
+            }
+            self.ledger.append(row)
+            self.found[key_of(matrix), qtype] = result
 
 
 def measure_alpha(
@@ -266,7 +321,7 @@ def measure_distortion(rows: np.ndarray, qtype: QType, sample: int | None, seed:
     return Distortion(float(errors.mean() * n_rows), float(n_rows * spread / np.sqrt(m) * np.sqrt(1 - m / n_rows)))
 
 
-def load_alphas(path: Path, source: Source) -> tuple[dict[str, Any], list[Row]]:
+def load_alphas(path: Path, source: Source) -> tuple[dict[str, Any], dict[Key, Alpha]]:
     """Read an alphas file for `source`; AlphaQError when it is of another model or lacks a matrix."""
     header, rows = read_ledger(path)
     if header.get("measured") != "alphas" or header.get("schema") != SCHEMA:
@@ -277,42 +332,19 @@ def load_alphas(path: Path, source: Source) -> tuple[dict[str, Any], list[Row]]:
     if header.get("source") != source.fingerprint:
         raise AlphaQError(f"{path}: measured on another model than {source.path}", "measure this one")
     try:
-        have = {_row_key(row): _parse_alpha(row) for row in rows}
+        found = dict(_parse_alpha(row) for row in rows)
     except (KeyError, ValueError) as error:
         raise AlphaQError(f"{path}: damaged row: {error!r}", "measure again") from None
-    lacking = [m for s in source.stacks for m in s.matrices if key_of(m) not in have]
+    lacking = [m for s in source.stacks for m in s.matrices if key_of(m) not in found]
     if lacking:
         raise AlphaQError(f"{path}: no alpha for {lacking[0].label}", "measure again")
-    return header, rows
+    return header, found
 
 
 def alphas_header_text(header: dict[str, Any]) -> str:
     """The settings of an alphas file in a few words."""
     tiles = "all tiles" if header["max_tiles"] is None else f"{header['max_tiles']} tiles a matrix"
     return f"{header['estimator']} estimator, {header['spectrum']} spectrum, {tiles}, seed {header['seed']}"
-
-
-def _alpha_header(source: Source, settings: AlphaSettings) -> dict[str, Any]:
-    return {
-        "measured": "alphas",
-        "schema": SCHEMA,
-        "source": source.fingerprint,
-        "spectrum": settings.spectrum,
-        "estimator": settings.estimator,
-        "max_tiles": settings.max_tiles(source.stacks),
-        "seed": settings.seed,
-    }
-
-
-def _distortion_header(source: Source, settings: DistortionSettings) -> dict[str, Any]:
-    return {
-        "measured": "distortion",
-        "schema": SCHEMA,
-        "source": source.fingerprint,
-        "encoder": library_version(),
-        "rows": settings.sample_rows(source.stacks),
-        "seed": settings.seed,
-    }
 
 
 def _open_ledger(cache_dir: Path, kind: str, header: dict[str, Any], columns: tuple[str, ...]) -> Ledger:
@@ -324,8 +356,8 @@ def _row_key(row: Row) -> Key:
     return (row["stack"], int(row["expert"]), row["proj"])
 
 
-def _parse_alpha(row: Row) -> Alpha:
-    return Alpha(
+def _parse_alpha(row: Row) -> tuple[Key, Alpha]:
+    return _row_key(row), Alpha(
         float(row["alpha"]) if row["alpha"] else None,
         float(row["variance"]),
         int(row["k"]),
@@ -333,6 +365,11 @@ def _parse_alpha(row: Row) -> Alpha:
         row["spectrum"],
         row["problem"],
     )
+
+
+def _parse_distortion(row: Row) -> tuple[tuple[Key, QType], Distortion]:
+    errors = Distortion(float(row["squared_error"]), float(row["standard_error"]))
+    return (_row_key(row), QType[row["qtype"]]), errors
 
 
 def _seed(seed: int, matrix: ExpertMatrix) -> int:

@@ -10,7 +10,7 @@ import typer
 from ..checkpoint import open_source
 from ..console import Console, format_count
 from ..ledger import format_value, render_ledger
-from ..measure import ALPHA_COLUMNS, alphas_header_text, tile_seconds
+from ..measure import ALPHA_COLUMNS, alphas_header_text
 from ..pipeline import measure_source
 from ..spread import spread_by, spread_of
 from ..writer import check_output, write_atomically
@@ -44,11 +44,6 @@ def command(
     if output is not None:
         check_output(output, force=force, inputs=opened.files)
     n_threads = o.threads_or_all(threads)
-    if settings.spectrum == "farms" and settings.tiles != "all":
-        seconds = tile_seconds(opened.stacks)
-        kept = settings.max_tiles(opened.stacks)
-        chosen = "all tiles" if kept is None else f"{kept} seeded tiles a matrix"
-        console.note(f"All tiles would take about {seconds / n_threads:.0f} s on {n_threads} threads: using {chosen}")
     found = measure_source(
         opened,
         settings,
