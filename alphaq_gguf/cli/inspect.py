@@ -10,7 +10,6 @@ import typer
 from ..console import Console, format_count
 from ..describe import describe_file
 from ..qtypes import QType
-from . import options as o
 from .show import type_grid
 
 NAME = "inspect"
@@ -18,7 +17,7 @@ NAME = "inspect"
 
 def command(
     file: Annotated[Path, typer.Argument(help="GGUF file.", show_default=False)],
-    json: o.Json = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show a GGUF's types per layer and projection, bits per weight and sizes, and the recipe if it is ours."""
     console = Console(as_json=json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,6 @@ import typer
 from ..console import Console
 from ..describe import describe_file
 from ..evaluate.llama import LlamaModel
-from . import options as o
 
 NAME = "run"
 
@@ -25,14 +25,14 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     ctx: Annotated[int, typer.Option(min=16, help="Context length in tokens.")] = 2048,
     gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU, -1 for all.")] = 0,
-    threads: o.Threads = None,
-    quiet: o.Quiet = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. (default: all cores)")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the text.")] = False,
 ) -> None:
     """Generate text from a GGUF with llama.cpp (through llama-cpp-python)."""
     console = Console(quiet=quiet)
     describe_file(file)
     with LlamaModel(
-        file, n_ctx=ctx, threads=o.threads_or_all(threads), all_logits=False, gpu_layers=gpu_layers, seed=seed
+        file, n_ctx=ctx, threads=threads or os.cpu_count(), all_logits=False, gpu_layers=gpu_layers, seed=seed
     ) as model:
         chat = model.has_chat_template and not raw
         if not chat and not raw:
