@@ -61,8 +61,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-StrategyName = StrEnum("StrategyName", [(name, name) for name in STRATEGIES])
-EstimatorName = StrEnum("EstimatorName", [(name, name) for name in ESTIMATORS])
+StrategyName: Any = StrEnum("StrategyName", [(name, name) for name in STRATEGIES])
+EstimatorName: Any = StrEnum("EstimatorName", [(name, name) for name in ESTIMATORS])
 
 
 class SpectrumName(StrEnum):
@@ -112,7 +112,7 @@ class AlphaOptions:
     estimator: Annotated[
         EstimatorName,  # pyright: ignore[reportInvalidTypeForm]
         typer.Option(help="Rule for the length of the tail.", rich_help_panel=_ALPHAS),
-    ] = EstimatorName("hill")
+    ] = EstimatorName.hill
     tiles: Annotated[
         str,
         typer.Option(
@@ -148,7 +148,7 @@ class BudgetOptions:
             help="How bits are spent: " + "; ".join(f"{s.name}: {s.summary}" for s in STRATEGIES.values()) + ".",
             rich_help_panel=_BUDGET,
         ),
-    ] = StrategyName("alphaq")
+    ] = StrategyName.alphaq
     gamma: Annotated[
         float | None,
         typer.Option(
