@@ -95,7 +95,8 @@ def main() -> None:
                 rows.append(found)
                 console.note(json.dumps(found))
     result = {
-        "command": " ".join(["python", "tools/study_budgets.py", *sys.argv[1:]]),
+        # Names without their directories, which mean nothing on another machine.
+        "command": " ".join(["python", "tools/study_budgets.py", *(Path(word).name for word in sys.argv[1:])]),
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "llama-cpp-python": version("llama-cpp-python"),
