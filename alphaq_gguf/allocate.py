@@ -60,7 +60,7 @@ def solve_budget(cost: np.ndarray, size: np.ndarray, budget: int) -> Solution:
         raise BudgetError(f"the budget of {budget} bytes is below the smallest allocation, {smallest} bytes")
     # Powers of two keep every ratio exact while taming the huge spread that a large gamma produces.
     top = cost[np.isfinite(cost)].max(initial=0.0)
-    scale = 2.0 ** -np.ceil(np.log2(top)) if top > 0 else 1.0
+    scale = 2.0 ** min(-np.ceil(np.log2(top)), 1023.0) if top > 0 else 1.0
     choice, bound, method = _solve(cost * scale, size, budget)
     rows = np.arange(len(cost))
     return Solution(
@@ -95,6 +95,7 @@ def _solve_hull(cost: np.ndarray, size: np.ndarray, budget: int) -> tuple[np.nda
     current = np.where(finite & (size == least), cost, np.inf).argmin(axis=1)
     start = current.copy()
     steps: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    ceiling = np.full(len(cost), np.inf)
     active = rows
     while len(active):
         at = current[active]
@@ -108,7 +109,9 @@ def _solve_hull(cost: np.ndarray, size: np.ndarray, budget: int) -> tuple[np.nda
         going = best > 0
         active, to = active[going], to[going]
         picked = (np.flatnonzero(going), to)
-        steps.append((active, to, best[going], grow[picked]))
+        # On a line of options rounding may make a later slope the steeper one; order needs them falling.
+        ceiling[active] = np.minimum(best[going], ceiling[active])
+        steps.append((active, to, ceiling[active], grow[picked]))
         current[active] = to
     choice = start
     bound = float(cost[rows, choice].sum())
@@ -155,12 +158,12 @@ def _solve_highs(cost: np.ndarray, size: np.ndarray, budget: int, incumbent: flo
     extra = size[unit, option] - least[unit]
     slack = budget - int(least.sum())
     divisor = int(np.gcd.reduce(extra)) or 1
-    scale = _OBJECTIVE_SCALE / incumbent
     column = np.arange(len(unit))
     one_each = LinearConstraint(coo_array((np.ones(len(unit)), (unit, column))).tocsr(), 1, 1)
     within = LinearConstraint((extra // divisor).astype(np.float64)[None, :], -np.inf, slack // divisor)
     # An option dearer than the incumbent as a whole can be in no optimum; cutting it keeps numbers sane.
-    weights = cost[unit, option] * scale
+    with np.errstate(over="ignore"):
+        weights = cost[unit, option] / incumbent * _OBJECTIVE_SCALE
     useful = weights <= _OBJECTIVE_SCALE * (1 + 1e-9)
     result = milp(
         np.where(useful, weights, 0.0),
@@ -169,7 +172,11 @@ def _solve_highs(cost: np.ndarray, size: np.ndarray, budget: int, incumbent: flo
         constraints=[one_each, within],
         options={"mip_rel_gap": 0.0, "time_limit": _TIME_LIMIT_S},
     )
-    bound = 0.0 if result.mip_dual_bound is None else float(result.mip_dual_bound) / scale * (1 - 1e-9)
+    bound = (
+        0.0
+        if result.mip_dual_bound is None
+        else float(result.mip_dual_bound) / _OBJECTIVE_SCALE * incumbent * (1 - 1e-9)
+    )
     if result.x is None:
         return None, bound
     choice = np.full(len(cost), -1)

@@ -125,9 +125,12 @@ class _Cursor:
     def string(self) -> str:
         return bytes(self.take(self.scalar("<Q"))).decode("utf-8")
 
+    def text(self) -> str:
+        return bytes(self.take(self.scalar("<Q"))).decode("utf-8", "replace")
+
     def value(self, vtype: GGUFValueType) -> Any:
         if vtype == GGUFValueType.STRING:
-            return self.string()
+            return self.text()
         if vtype == GGUFValueType.ARRAY:
             item, count = self.vtype(), self.scalar("<Q")
             if item in _SCALARS:
@@ -137,7 +140,9 @@ class _Cursor:
             return [self.value(item) for _ in range(count)]
         return self.scalar(_SCALARS[vtype])
 
-    def skip(self, vtype: GGUFValueType) -> None:
+    def skip(self, vtype: GGUFValueType, depth: int = 0) -> None:
+        if depth > 8:
+            raise FormatError("arrays nested deeper than 8")
         if vtype == GGUFValueType.STRING:
             self.take(self.scalar("<Q"))
         elif vtype == GGUFValueType.ARRAY:
@@ -146,7 +151,7 @@ class _Cursor:
                 self.take(count * struct.calcsize(_SCALARS[item]))
             else:
                 for _ in range(count):
-                    self.skip(item)
+                    self.skip(item, depth + 1)
         else:
             self.take(struct.calcsize(_SCALARS[vtype]))
 

@@ -35,10 +35,10 @@ class Ledger:
                     found_header, rows = read_ledger(candidate)
                 except AlphaQError:
                     continue
-                if found_header == header:
+                # An unfinished extension of a complete file holds more rows than the file itself.
+                if found_header == header and len(rows) > len(self.rows):
                     self.rows = rows
                     self.complete = candidate is path
-                    break
         self._file: io.TextIOWrapper | None = None
 
     def parsed(self, parse: Callable[[Row], T]) -> list[T]:
@@ -103,13 +103,15 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], list[Row]]:
         if not first.startswith("# "):
             raise ValueError("no header line")
         header = json.loads(first[2:])
+        if not isinstance(header, dict):
+            raise ValueError("the header is no JSON object")
         # A line without its newline was cut short when the process died.
         rest = rest[: rest.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(rest))
         rows = [row for row in reader if None not in row.values() and None not in row]
     except OSError as error:
         raise AlphaQError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise AlphaQError(
             f"{path}: not a measurement file: {error}", "measure again with `alphaq-gguf alphas`"
         ) from None

@@ -312,6 +312,8 @@ def measure_distortion(rows: np.ndarray, qtype: QType, sample: int | None, seed:
     scaled up, and its standard error follows from the spread between rows.
     """
     n_rows = len(rows)
+    if sample is not None:
+        sample = max(sample, 2)  # one row says nothing of the spread
     if sample is not None and sample < n_rows:
         rows = np.ascontiguousarray(rows[np.sort(np.random.default_rng(seed).choice(n_rows, sample, replace=False))])
     decoded = decode_rows(encode_rows(rows, qtype, threads), qtype, rows.shape[1], threads)

@@ -174,7 +174,7 @@ def _render(template: str, messages: Sequence[Message], bos: str, eos: str) -> s
         return environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
         )
-    except (TemplateError, TypeError, ValueError):
+    except Exception:  # a template is a program, and may fail in any way
         return None
 
 

@@ -126,4 +126,4 @@ def parse_qtype(name: str) -> QType:
 
 def file_type(bytes_by_type: dict[QType, int]) -> LlamaFileType:
     """The ftype label for a mixed file: the one named after the type that holds most of its bytes."""
-    return _FTYPES[max(bytes_by_type, key=lambda q: (bytes_by_type[q], -q.value))]
+    return _FTYPES.get(max(bytes_by_type, key=lambda q: (bytes_by_type[q], -q.value)), LlamaFileType.GUESSED)

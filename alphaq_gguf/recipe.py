@@ -100,8 +100,13 @@ def from_json(data: Any, where: str) -> Recipe:
             "allocate again with this version",
         )
     try:
+        for key, kind in (("tool", str), ("source", str), ("architecture", str), ("settings", dict), ("result", dict)):
+            if not isinstance(data[key], kind):
+                raise TypeError(f"{key} is {data[key]!r}")
         units = tuple(RecipeUnit(**{**entry, "qtype": parse_qtype(entry["qtype"])}) for entry in data["units"])
-        tensors = {name: parse_qtype(qtype) for name, qtype in data["tensors"].items()}
+        if not all(isinstance(unit.tensor, str) for unit in units):
+            raise TypeError("a unit without a tensor name")
+        tensors = {name: QType[qtype] for name, qtype in data["tensors"].items()}
         return Recipe(
             data["tool"], data["source"], data["architecture"], data["settings"], data["result"], units, tensors
         )
@@ -139,8 +144,12 @@ def check_recipe(recipe: Recipe, source: Source, where: str) -> None:
             "allocate again for this model",
         )
     expected, found = set(source.tensors), set(recipe.types)
+    named = Counter([unit.tensor for unit in recipe.units] + list(recipe.tensors))
+    twice = [name for name, count in named.items() if count > 1]
+    if twice:
+        raise AlphaQError(f"{where}: {twice[0]} is listed twice", "allocate again")
     if expected != found:
-        odd = sorted(expected ^ found)[0]
+        odd = sorted(expected ^ found, key=str)[0]
         raise AlphaQError(f"{where}: does not cover the model's tensors exactly: {odd}", "allocate again")
     for name, qtype in recipe.types.items():
         n_cols = source.tensors[name].n_cols
@@ -149,6 +158,11 @@ def check_recipe(recipe: Recipe, source: Source, where: str) -> None:
     for unit in recipe.units:
         info = source.tensors[unit.tensor]
         actual = info.n_rows * row_bytes(unit.qtype, info.n_cols)
+        if unit.n_weights != info.n_weights:
+            raise AlphaQError(
+                f"{where}: {unit.tensor} has {info.n_weights} weights, the recipe says {unit.n_weights}",
+                "allocate again",
+            )
         if unit.n_bytes != actual:
             raise AlphaQError(
                 f"{where}: {unit.tensor} as {unit.qtype.name} takes {actual} bytes, the recipe says {unit.n_bytes}",

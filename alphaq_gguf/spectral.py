@@ -18,6 +18,8 @@ SAMPLED_TILES = 256
 _BATCH = 64
 # A tail whose threshold lies this far under the largest eigenvalue is rounding noise, not a spectrum.
 _RANK_TOLERANCE = 1e-12
+# Eigenvalues closer than this are equal but for the rounding of float32 weights.
+_SPREAD_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def farms_spectrum(weight: torch.Tensor, max_tiles: int | None = None, seed: int
     if threads > 1 and weight.device.type == "cpu" and len(tiles) > 1:
         # One LAPACK call a tile: parallel over batches, because threads inside such small calls only cost.
         step = max(1, min(_BATCH, -(-len(tiles) // threads)))
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             spectra = list(pool.map(decompose, tiles.split(step)))
     else:
         spectra = [decompose(batch) for batch in batches]
@@ -107,11 +109,13 @@ def ks_peak_k(esd: torch.Tensor) -> int:
     inside = inside[inside < n - 1]
     if not len(inside):
         inside = (esd - peak).abs().argmin().clamp(max=n - 2).reshape(1)
-    best_k, best_distance = 1, float("inf")
+    best_k, best_distance = n - 1 - int(inside[0]), float("inf")
     for first in inside.tolist():
         # The tail is lambda_first and above; xmin is the eigenvalue just below, as in hill_alpha.
         k = n - 1 - first
         tail, xmin = esd[first + 1 :], esd[first]
+        if xmin <= _RANK_TOLERANCE * esd[-1] or esd[-1] <= xmin * (1 + _SPREAD_TOLERANCE):
+            continue
         alpha = hill_alpha(esd, k)
         empirical = torch.arange(k, dtype=esd.dtype, device=esd.device) / k
         distance = float(((1 - (tail / xmin) ** (1 - alpha)) - empirical).abs().max())
@@ -147,6 +151,6 @@ def fit_alpha(esd: torch.Tensor, estimator: str = "hill") -> Fit:
     xmin = float(esd[n - k - 1])
     if xmin <= _RANK_TOLERANCE * largest:
         return Fit(None, k, n, xmin, f"rank-deficient: the tail of {k} reaches zero eigenvalues")
-    if largest <= xmin * (1 + 1e-9):
+    if largest <= xmin * (1 + _SPREAD_TOLERANCE):
         return Fit(None, k, n, xmin, "no spread: all tail eigenvalues are equal")
     return Fit(hill_alpha(esd, k), k, n, xmin)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,16 +43,19 @@ def check_output(out: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None
     resolved = out.resolve()
     if any(resolved == path.resolve() for path in inputs):
         raise OutputError(f"{out}: the output is the source itself", "choose another output name")
+    try:
+        _journal_path(out).exists()
+    except OSError as error:
+        raise OutputError(f"{out}: {(error.strerror or '').lower()}", "choose a shorter name") from None
     if out.is_dir():
         raise OutputError(f"{out} is a directory", "give a file name")
     if out.exists() and not force:
         raise OutputError(f"{out} exists", "choose another name or pass --force to replace it")
     if not out.parent.is_dir():
         raise OutputError(f"{out.parent} does not exist", f"mkdir -p {out.parent}")
-    probe = out.with_name(out.name + ".probe")
     try:
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
         raise OutputError(f"{out.parent}: cannot write here: {error.strerror}", "choose another directory") from None
 
@@ -106,7 +110,7 @@ def write_gguf(
     check_space(out, size)
     key = hashlib.sha256(header).hexdigest()
     done = _completed(partial, journal, key, header, tensors)
-    ends = [len(header) + info.offset for info in tensors[1:]] + [size]
+    ends = [len(header) + info.offset for info in tensors[1:]] + [size] * bool(tensors)
     resumed = ends[done - 1] if done else 0
     try:
         with partial.open("r+b" if done else "wb") as file:

@@ -114,6 +114,8 @@ def decode_rows(blocks: np.ndarray, qtype: QType, n_cols: int, threads: int = 1)
     if qtype == QType.F32:
         return blocks.view(np.float32)
     to_float = _library().ggml_get_type_traits(int(qtype)).contents.to_float
+    if not to_float:
+        raise ValueError(f"libggml cannot decode {qtype.name}")
     out = np.empty((blocks.shape[0], n_cols), dtype=np.float32)
 
     def work(start: int, stop: int) -> None:

@@ -63,12 +63,13 @@ def sensitivities(alphas: Mapping[Key, Alpha], gamma: float, reference: str = "a
         if found.alpha is not None:
             groups[group_of(key, found)].append(found.alpha)
     medians = {name: float(np.median(values)) for name, values in groups.items()}
-    return {
-        key: 1.0
-        if found.alpha is None
-        else float(np.exp(gamma * np.log(medians[group_of(key, found)] / max(found.alpha, 1e-8))))
-        for key, found in alphas.items()
-    }
+    with np.errstate(over="ignore"):
+        return {
+            key: 1.0
+            if found.alpha is None
+            else float(np.exp(gamma * np.log(medians[group_of(key, found)] / max(found.alpha, 1e-8))))
+            for key, found in alphas.items()
+        }
 
 
 def _by_kind(alphas: Mapping[Key, Alpha]) -> dict[str, np.ndarray]:

@@ -17,13 +17,13 @@ class Uniform:
     def allocate(self, problem: Problem) -> Allocation:
         column = {qtype: t for t, qtype in enumerate(problem.qtypes)}
         best: np.ndarray | None = None
-        smallest = None
+        smallest, largest = None, -1
         for level in sorted(problem.qtypes, key=bpw):
             choice = np.array([column[_at_level(unit, level)] for unit in problem.units])
             total = int(problem.size[np.arange(len(choice)), choice].sum())
             smallest = total if smallest is None else min(smallest, total)
-            if total <= problem.budget:
-                best = choice
+            if largest < total <= problem.budget:
+                best, largest = choice, total
         if best is None:
             raise BudgetError(
                 f"no single type fits {problem.budget} bytes: the smallest uniform allocation has {smallest}"
