@@ -59,10 +59,13 @@ class Ledger:
         self.rows.append(text)
         self.complete = False
         if self._file is None:
-            # Rewritten from what was read, so that a line cut short by a kill disappears.
+            # Rewritten from what was read, so that a line cut short by a kill disappears; by way of
+            # another name, so that a kill right here loses nothing either.
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("w", encoding="utf-8", newline="")
-            self._file.write(render_ledger(self.header, self.columns, self.rows))
+            fresh = self.partial.with_name(self.partial.name + ".new")
+            fresh.write_text(render_ledger(self.header, self.columns, self.rows), encoding="utf-8", newline="")
+            fresh.replace(self.partial)
+            self._file = self.partial.open("a", encoding="utf-8", newline="")
         else:
             csv.DictWriter(self._file, self.columns, lineterminator="\n").writerow(text)
         self._file.flush()

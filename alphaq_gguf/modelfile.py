@@ -23,11 +23,12 @@ Message = dict[str, str]
 class ChatFormat:
     """A chat format as the text before and after each role's content; `answer` opens the model's turn.
 
-    `system_in_user` puts the system text, followed by `system[1]`, inside the first user turn.
+    `system` is None for a format without a system role; `system_in_user` puts the system text, followed
+    by `system[1]`, inside the first user turn. `{bos}` and `{eos}` stand for the model's own tokens.
     """
 
     name: str
-    system: tuple[str, str]
+    system: tuple[str, str] | None
     user: tuple[str, str]
     assistant: tuple[str, str]
     answer: str
@@ -40,7 +41,7 @@ class ChatFormat:
         text, pending = self.start, ""
         for message in messages:
             role, content = message["role"], message["content"]
-            if role == "system":
+            if role == "system" and self.system:
                 if self.system_in_user:
                     pending = content + self.system[1]
                 else:
@@ -54,7 +55,9 @@ class ChatFormat:
 
     def go_template(self) -> str:
         """Ollama's TEMPLATE for one exchange: .System, .Prompt and .Response (it adds BOS itself)."""
-        system = "{{ if .System }}" + self.system[0] + "{{ .System }}" + self.system[1] + "{{ end }}"
+        system = ""
+        if self.system:
+            system = "{{ if .System }}" + self.system[0] + "{{ .System }}" + self.system[1] + "{{ end }}"
         if self.system_in_user:
             user = "{{ if .Prompt }}" + self.user[0] + system + "{{ .Prompt }}" + self.user[1] + "{{ end }}"
             return user + self.answer + "{{ .Response }}" + self.assistant[1]
@@ -83,12 +86,21 @@ FORMATS = (
     ChatFormat(
         "mistral",
         system=("", "\n\n"),
-        user=("[INST] ", " [/INST]"),
+        user=(" [INST] ", " [/INST]"),
         assistant=(" ", "{eos}"),
         answer="",
         stop=("[INST]", "[/INST]"),
         start="{bos}",
         system_in_user=True,
+    ),
+    ChatFormat(
+        "mistral-without-system",
+        system=None,
+        user=("[INST] ", " [/INST]"),
+        assistant=("", "{eos}"),
+        answer="",
+        stop=("[INST]", "[/INST]"),
+        start="{bos}",
     ),
     ChatFormat(
         "deepseek",
@@ -117,18 +129,20 @@ _TURNS = [_USER, {"role": "assistant", "content": "8611"}, {"role": "user", "con
 
 def recognise(template: str, bos: str, eos: str) -> tuple[ChatFormat, str] | None:
     """(format, system message the template adds by itself) whose text equals the template's, or None."""
+
+    def rendered(messages: Sequence[Message]) -> str | None:
+        return _render(template, messages, bos, eos)
+
+    plain = rendered([_USER])
     for found in FORMATS:
         pieces = _fill(found, bos, eos)
-        plain = _render(template, [_USER], bos, eos)
         default = _default_system(pieces, plain)
         if default is None:
             continue
         lead = [{"role": "system", "content": default}] if default else []
-        samples = [(lead, _TURNS), ([_SYSTEM], [_USER])]
-        if all(
-            _render(template, (first if first is not lead else []) + rest, bos, eos) == pieces.render(first + rest)
-            for first, rest in samples
-        ):
+        with_system = [_SYSTEM, _USER]
+        expected = pieces.render(with_system) if pieces.system else None
+        if rendered(_TURNS) == pieces.render([*lead, *_TURNS]) and rendered(with_system) == expected:
             return pieces, default
     return None
 
@@ -155,6 +169,8 @@ def _default_system(pieces: ChatFormat, plain: str | None) -> str | None:
         return None
     if plain == pieces.render([_USER]):
         return ""
+    if pieces.system is None:
+        return None
     marker = "\0"
     before, _, after = pieces.render([{"role": "system", "content": marker}, _USER]).partition(marker)
     if plain.startswith(before) and plain.endswith(after) and len(plain) > len(before) + len(after):

@@ -8,6 +8,9 @@ from ..console import Console, format_count
 from ..qtypes import QType
 from ..recipe import Recipe
 
+# Gap below which an allocation is called optimal: HiGHS' own tolerance.
+_PROVEN = 1e-8
+
 
 def type_grid(cells: Iterable[tuple[int, str, QType]]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of a table of types: a row per run of equal layers, a column per projection."""
@@ -34,10 +37,8 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
     if result.get("gamma") is not None:
         console.result(f"gamma {result['gamma']:.3g}")
     if result.get("gap") is not None:
-        console.result(
-            f"Predicted error {result['cost']:.6g}, at most {100 * result['gap']:.2g} % above the optimum "
-            f"({result['method']})"
-        )
+        near = "optimal" if result["gap"] < _PROVEN else f"at most {100 * result['gap']:.2g} % above the optimum"
+        console.result(f"Predicted error {result['cost']:.6g}, {near} ({result['method']})")
     if result.get("distortion_standard_error"):
         console.result(f"Sampling error of the predicted error: {100 * result['distortion_standard_error']:.2g} %")
     shares = ", ".join(

@@ -384,3 +384,72 @@ def test_import_needs_no_triton_and_no_transformers() -> None:
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_matrices_without_an_alpha_are_named_and_still_converted(tiny_copy: Path, tmp_path: Path, cli) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(tiny_copy / "model.safetensors")
+    name = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
+    rng = np.random.default_rng(0)
+    tensors[name.format(0, 1, "gate")] = np.zeros((256, 256), np.float32)
+    tensors[name.format(0, 2, "up")] = np.full((256, 256), 0.5, np.float32)
+    thin = rng.standard_normal((256, 2)) @ rng.standard_normal((2, 256))
+    tensors[name.format(1, 3, "down")] = thin.astype(np.float32)
+    save_file(tensors, tiny_copy / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = cli("alphas", tiny_copy, "-o", tmp_path / "alphas.csv")
+    assert code == 0
+    for problem, label in (
+        ("all-zero matrix", "blk.0.ffn_gate_exps.weight expert 1 (gate)"),
+        ("constant matrix", "blk.0.ffn_up_exps.weight expert 2 (up)"),
+        ("rank-deficient", "blk.1.ffn_down_exps.weight expert 3 (down)"),
+    ):
+        (line,) = [line for line in err.splitlines() if problem in line]
+        assert line.startswith("warning: ")
+        assert label in line
+    empty = [row for row in read_ledger(tmp_path / "alphas.csv")[1] if not row["alpha"]]
+    assert len(empty) == 3
+    assert all(row["problem"] for row in empty)
+    code, _, err = cli("convert", tiny_copy, "-o", tmp_path / "out.gguf", "--bpw", 4)
+    assert code == 0
+    assert err.count("warning: ") == 3
+
+
+def test_matrices_too_thin_for_tiles_get_a_full_spectrum_and_a_warning(tmp_path: Path, cli) -> None:
+    model = build_qwen2_moe(tmp_path / "model", moe_intermediate_size=96)
+    code, _, err = cli("alphas", model, "-o", tmp_path / "alphas.csv")
+    assert code == 0
+    assert {row["spectrum"] for row in read_ledger(tmp_path / "alphas.csv")[1]} == {"full"}
+    assert "Traceback" not in err
+
+
+def test_iq4_nl_is_used_only_when_asked_for(tmp_path: Path, cli) -> None:
+    model = build_qwen2_moe(tmp_path / "model", moe_intermediate_size=352)
+    out = tmp_path / "out.gguf"
+    assert cli("convert", model, "-o", out, "--bpw", 5, "--types", "Q4_K,IQ4_NL")[0] == 0
+    types = types_of(out)
+    assert types["blk.0.ffn_down_exps.weight"] == "IQ4_NL"
+    assert types["blk.0.ffn_up_exps.weight"] in ("Q4_K", "IQ4_NL")
+
+
+def test_sampling_rows_states_its_error(tiny: Path, cli) -> None:
+    exact = json.loads(cli("allocate", tiny, "--bpw", 4, "--json")[1])["result"]
+    code, text, _ = cli("allocate", tiny, "--bpw", 4, "--distortion-rows", 32)
+    assert code == 0
+    assert "Sampling error of the predicted error" in text
+    sampled = json.loads(cli("allocate", tiny, "--bpw", 4, "--distortion-rows", 32, "--json")[1])["result"]
+    assert exact["distortion_standard_error"] == 0
+    assert 0 < sampled["distortion_standard_error"] < 0.05
+    assert sampled["cost"] == pytest.approx(exact["cost"], rel=6 * sampled["distortion_standard_error"])
+
+
+def test_analytic_distortion_is_the_papers_formula(tiny: Path, tmp_path: Path, cli) -> None:
+    assert cli("alphas", tiny, "-o", tmp_path / "alphas.csv")[0] == 0
+    variance: dict[str, float] = {}
+    for row in read_ledger(tmp_path / "alphas.csv")[1]:
+        variance[row["stack"]] = variance.get(row["stack"], 0.0) + float(row["variance"])
+    out = json.loads(cli("allocate", tiny, "--bpw", 4, "--distortion", "analytic", "--gamma", 0, "--json")[1])
+    bits = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6, "Q8_0": 8}
+    for unit in out["units"]:
+        expected = 256 * 256 * variance[unit["tensor"]] * 4.0 ** -bits[unit["qtype"]]
+        assert unit["cost"] == pytest.approx(expected, rel=1e-9)
