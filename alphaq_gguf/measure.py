@@ -27,8 +27,8 @@ from .reporter import Reporter, Silent
 
 SCHEMA = 1
 # Nominal cost of one 128 x 128 tile, and the estimate up to which all tiles are used.
-TILE_CORE_S = 0.5e-3
-ALL_TILES_CORE_S = 30 * 60.0
+TILE_CORE_S = 1e-3
+ALL_TILES_CORE_S = 60 * 60.0
 _WORTH_A_LINE_S = 20.0
 # Expert weights up to which every row is encoded for the distortion; above, rows are sampled.
 ALL_ROWS_WEIGHTS = 200_000_000
@@ -64,7 +64,7 @@ class AlphaSettings:
     seed: int = 0
 
     def max_tiles(self, stacks: list[ExpertStack]) -> int | None:
-        """The number of tiles a matrix may use, None for all: "auto" takes all up to 30 core-minutes."""
+        """The number of tiles a matrix may use, None for all: "auto" takes all up to 60 core-minutes."""
         if self.tiles == "all" or (self.tiles == "auto" and tile_seconds(stacks) <= ALL_TILES_CORE_S):
             return None
         return spectral.SAMPLED_TILES if self.tiles == "auto" else int(self.tiles)

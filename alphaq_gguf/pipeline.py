@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 TOOL = f"alphaq-gguf {__version__}"
-# Weights read and encoded at once: 32 MiB of float32, enough for every core to have a share.
-_CHUNK_WEIGHTS = 1 << 23
+# Weights read and encoded at once: 16 MiB of float32, enough for every core to have a share.
+_CHUNK_WEIGHTS = 1 << 22
 _ALIGNMENT_KEY = "general.alignment"
 # Keys that describe the output and not the source.
 _OWN_KEYS = ("general.file_type", "general.quantization_version", "general.quantized_by")

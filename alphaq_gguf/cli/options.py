@@ -116,7 +116,7 @@ class AlphaOptions:
     tiles: Annotated[
         str,
         typer.Option(
-            help="Tiles per matrix: all, a number (seeded sample), or auto (all up to an estimated 30 core-minutes, "
+            help="Tiles per matrix: all, a number (seeded sample), or auto (all up to an estimated 60 core-minutes, "
             "else 256).",
             rich_help_panel=_ALPHAS,
         ),
