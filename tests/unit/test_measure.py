@@ -343,10 +343,10 @@ def test_damaged_rows_of_a_cached_file_are_measured_again(source, tmp_path):
     assert counting.n_read == 2
 
 
-def test_auto_tiles_are_all_until_half_a_core_hour_and_256_beyond(source):
-    assert tile_seconds(source.stacks) == pytest.approx(9 * 4 * 0.5e-3)
+def test_auto_tiles_are_all_up_to_a_core_hour_and_256_beyond(source):
+    assert tile_seconds(source.stacks) == pytest.approx(9 * 4 * 1e-3)
     assert AlphaSettings(tiles="9").max_tiles(source.stacks) == 9
-    # 1897^2 tiles of half a millisecond are 1799 s, 1898^2 are 1801 s.
+    # 1897^2 tiles of a millisecond are 3599 s, 1898^2 are 3602 s.
     most, more = ([ExpertStack("s", 0, "up", 1, 128 * n, 128 * n)] for n in (1897, 1898))
     assert AlphaSettings().max_tiles(most) is None
     assert AlphaSettings().max_tiles(more) == 256
