@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from checkpoints import ROOT
 
 
 def load_tool(name: str):

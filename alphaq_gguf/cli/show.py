@@ -38,7 +38,7 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
         console.result(f"gamma {result['gamma']:.3g}")
     if result.get("gap") is not None:
         near = "optimal" if result["gap"] < _PROVEN else f"at most {100 * result['gap']:.2g} % above the optimum"
-        console.result(f"Predicted error {result['cost']:.6g}, {near} ({result['method']})")
+        console.result(f"Predicted error {result['cost']:.6g}, {near} (gap {result['gap']:.1e}, {result['method']})")
     if result.get("distortion_standard_error"):
         console.result(f"Sampling error of the predicted error: {100 * result['distortion_standard_error']:.2g} %")
     shares = ", ".join(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build_qwen2_moe
+from checkpoints import build_qwen2_moe
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.numpy import load_file, save_file
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build_qwen2_moe
+from checkpoints import build_qwen2_moe
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from alphaq_gguf.ledger import read_ledger

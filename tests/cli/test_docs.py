@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+from checkpoints import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -26,6 +26,15 @@ def test_every_option_shown_in_the_pages_exists() -> None:
             if line.strip().startswith("alphaq-gguf "):
                 for option in re.findall(r"(?<!\S)--?[a-z][\w-]*", line):
                     assert option in known, f"{page.name}: {line.strip()}"
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:

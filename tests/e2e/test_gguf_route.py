@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_tokenizer
+from checkpoints import write_tokenizer
 from gguf import GGUFReader
 from oracles import convert_with_llama_cpp
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CORPUS, QWEN2_REGEX, build_qwen2_moe, write_tokenizer
+from checkpoints import CORPUS, QWEN2_REGEX, build_qwen2_moe, write_tokenizer
 from gguf import GGUFReader
 from oracles import convert_with_llama_cpp, quantize_with_llama_cpp
 

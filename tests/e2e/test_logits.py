@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build_qwen2_moe
+from checkpoints import build_qwen2_moe
 
 from alphaq_gguf.evaluate.llama import LlamaModel
 

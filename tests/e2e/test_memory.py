@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import build_qwen2_moe
+from checkpoints import build_qwen2_moe
 from safetensors.torch import load_file, save_file
 
 MIB = 1 << 20
