@@ -214,6 +214,54 @@ def test_gguf_of_an_unknown_architecture_keeps_all_metadata_and_other_tensors(tm
     assert all(t.data_offset % 64 == 0 for t in after.tensors)
 
 
+def split_gguf(source: Path, out: Path, per_file: int) -> list[Path]:
+    """`source` cut into files of `per_file` tensors by the gguf package, named as llama.cpp names them."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(out, reader.fields["general.architecture"].contents(), split_max_tensors=per_file)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            items = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], items)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(out.parent.glob(f"{out.stem}-*-of-*.gguf"))
+
+
+def test_split_gguf_converts_like_the_whole_one_from_any_of_its_files(tiny: Path, tmp_path: Path, cli) -> None:
+    whole, direct = tmp_path / "f32.gguf", tmp_path / "direct.gguf"
+    assert cli("convert", tiny, "-o", whole, "--bpw", 32, "--tensor-type", r"\.weight$=F32")[0] == 0
+    assert cli("convert", whole, "-o", direct, "--bpw", 4)[0] == 0
+    parts = split_gguf(whole, tmp_path / "cut.gguf", 10)
+    assert len(parts) > 3
+    for i, part in enumerate(parts[:2]):
+        out = tmp_path / f"out{i}.gguf"
+        code, _, err = cli("convert", part, "-o", out, "--bpw", 4)
+        assert code == 0, err
+        assert out.read_bytes() == direct.read_bytes()
+
+
+def test_split_gguf_with_a_part_missing_or_renamed(tiny: Path, tmp_path: Path, cli) -> None:
+    whole = tmp_path / "f32.gguf"
+    assert cli("convert", tiny, "-o", whole, "--bpw", 32, "--tensor-type", r"\.weight$=F32")[0] == 0
+    parts = split_gguf(whole, tmp_path / "cut.gguf", 10)
+    hidden = parts[1].rename(tmp_path / "hidden.gguf")
+    code, _, err = cli("convert", parts[0], "-o", tmp_path / "out.gguf", "--bpw", 4, "-q")
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{parts[1].name} is missing" in err
+    code, _, err = cli("convert", hidden, "-o", tmp_path / "out.gguf", "--bpw", 4, "-q")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "not named NAME-00001-of" in err
+    parts[1].write_bytes(parts[2].read_bytes())
+    code, _, err = cli("convert", parts[0], "-o", tmp_path / "out.gguf", "--bpw", 4, "-q")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "says it is part 2" in err
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_recipe_reproduces_the_file_and_can_be_edited(tiny: Path, tmp_path: Path, cli) -> None:
     direct, again, recipe = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "r.json"
     assert cli("convert", tiny, "-o", direct, "--bpw", 3.7, "--save-recipe", recipe)[0] == 0
