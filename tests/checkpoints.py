@@ -54,36 +54,50 @@ def write_tokenizer(directory: Path, vocab_size: int = 400, regex: str | None = 
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def build_qwen2_moe(
-    directory: Path, *, dtype: str = "float32", shards: bool = False, fused: bool = False, **changes: object
+COMMON = {
+    "vocab_size": 400,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+
+# What a family's configuration needs beside COMMON, by transformers' class prefix.
+FAMILIES = {
+    "Qwen2Moe": {"shared_expert_intermediate_size": 256},
+    "Qwen3Moe": {"head_dim": 64, "norm_topk_prob": True},
+}
+
+
+def build_moe(
+    directory: Path,
+    family: str = "Qwen2Moe",
+    *,
+    dtype: str = "float32",
+    shards: bool = False,
+    fused: bool = False,
+    **changes: object,
 ) -> Path:
-    """A random Qwen2-MoE checkpoint by transformers: 2 layers, 4 experts of width 256, 400 tokens.
+    """A random checkpoint by transformers: 2 layers, 4 experts of width 256, 400 tokens.
 
     `fused` writes the experts as transformers holds them, [E, 2I, H]; `shards` splits the weights.
     """
     import torch
+    import transformers
     from safetensors.torch import save_file
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     directory.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "vocab_size": 400,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "moe_intermediate_size": 256,
-        "shared_expert_intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.1,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-    }
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **FAMILIES[family], **changes})
     torch.manual_seed(0)
-    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**settings, **changes}))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import ROOT, build_qwen2_moe
+from checkpoints import ROOT, build_moe
 
 TRAINED = ROOT / "tests/models/stdlib-qwen2moe-4m"
 
@@ -27,7 +27,7 @@ def heldout() -> str:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2-MoE in float32, experts one by one, one file. Never change it: copy with `tiny_copy`."""
-    return build_qwen2_moe(tmp_path_factory.mktemp("tiny") / "tiny-moe")
+    return build_moe(tmp_path_factory.mktemp("tiny") / "tiny-moe")
 
 
 @pytest.fixture

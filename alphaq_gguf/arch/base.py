@@ -43,10 +43,17 @@ class Config(dict[str, Any]):
         super().__init__(values)
         self.where = where
 
-    def need(self, key: str) -> Any:
-        if self.get(key) is None:
-            raise SourceError(f"{self.where}: no field {key!r}, which this model family needs")
-        return self[key]
+    def need(self, *keys: str) -> Any:
+        """The first of `keys` that has a value; several are spellings of the same field."""
+        for key in keys:
+            if self.get(key) is not None:
+                return self[key]
+        raise SourceError(f"{self.where}: no field {keys[0]!r}, which this model family needs")
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts per layer, under either of transformers' names."""
+        return self.need("num_experts", "num_local_experts")
 
 
 class Family(ABC):
@@ -90,6 +97,16 @@ class Planner:
         if tensor in self.shapes:
             self.add(gguf_name, tensor, shape=shape)
 
+    def add_attention(self, bid: int, n_embd: int, n_q: int, n_kv: int, head_dim: int) -> None:
+        """A layer's q, k, v and output projections, with the biases and per-head norms the checkpoint has."""
+        hf, out = f"model.layers.{bid}.self_attn", f"blk.{bid}"
+        for proj, n_out in (("q", n_q), ("k", n_kv), ("v", n_kv)):
+            self.add(f"{out}.attn_{proj}.weight", f"{hf}.{proj}_proj.weight", shape=(n_out, n_embd))
+            self.add_optional(f"{out}.attn_{proj}.bias", f"{hf}.{proj}_proj.bias", shape=(n_out,))
+        for proj in ("q", "k"):
+            self.add_optional(f"{out}.attn_{proj}_norm.weight", f"{hf}.{proj}_norm.weight", shape=(head_dim,))
+        self.add(f"{out}.attn_output.weight", f"{hf}.o_proj.weight", shape=(n_embd, n_q))
+
     def add_experts(self, bid: int, prefix: str, n_experts: int, n_ff: int, n_embd: int) -> None:
         """The gate, up and down stacks of a layer under `prefix`.
 
@@ -125,6 +142,13 @@ class Planner:
             )
 
 
+def refuse_variants(config: Config, family: str, refused: Mapping[str, bool]) -> None:
+    """SourceError for the first field whose value llama.cpp's implementation of `family` cannot honour."""
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise SourceError(f"{config.where}: {key} = {config.get(key)!r}: llama.cpp's {family} has no such variant")
+
+
 def add_common_metadata(config: Config, writer: GGUFWriter) -> None:
     """Hyper-parameters that nearly all decoder families share, under llama.cpp's keys."""
     writer.add_block_count(config.need("num_hidden_layers"))
@@ -134,6 +158,11 @@ def add_common_metadata(config: Config, writer: GGUFWriter) -> None:
     writer.add_head_count(config.need("num_attention_heads"))
     writer.add_head_count_kv(config.get("num_key_value_heads") or config.need("num_attention_heads"))
     writer.add_layer_norm_rms_eps(config.need("rms_norm_eps"))
+    writer.add_expert_count(config.n_experts)
+    writer.add_expert_used_count(config.need("num_experts_per_tok"))
+    if config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     add_rope_metadata(config, writer)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from gguf import GGUFWriter
 
-from ..errors import SourceError
-from .base import Config, Family, Planner, Shapes, TensorPlan, add_common_metadata
+from .base import Config, Family, Planner, Shapes, TensorPlan, add_common_metadata, refuse_variants
 
 
 class Qwen2Moe(Family):
@@ -14,7 +13,7 @@ class Qwen2Moe(Family):
 
     def check(self, config: Config) -> None:
         hidden, heads = config.need("hidden_size"), config.need("num_attention_heads")
-        unsupported = {
+        refused = {
             "norm_topk_prob": config.get("norm_topk_prob", False) is True,
             "hidden_act": config.get("hidden_act", "silu") != "silu",
             "decoder_sparse_step": config.get("decoder_sparse_step", 1) != 1,
@@ -22,28 +21,21 @@ class Qwen2Moe(Family):
             "use_sliding_window": bool(config.get("use_sliding_window")),
             "head_dim": (config.get("head_dim") or hidden // heads) * heads != hidden,
         }
-        for key, refused in unsupported.items():
-            if refused:
-                raise SourceError(
-                    f"{config.where}: {key} = {config.get(key)!r}: llama.cpp's qwen2moe has no such variant"
-                )
+        refuse_variants(config, self.gguf_arch, refused)
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
         heads = config.need("num_attention_heads")
-        n_kv = (config.get("num_key_value_heads") or heads) * (n_embd // heads)
-        n_experts, n_ff = config.need("num_experts"), config.need("moe_intermediate_size")
+        head_dim = n_embd // heads
+        n_kv = (config.get("num_key_value_heads") or heads) * head_dim
+        n_experts, n_ff = config.n_experts, config.need("moe_intermediate_size")
         n_shared = config.need("shared_expert_intermediate_size")
         plan = Planner(shapes, config.where)
         plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
-            for proj, n_out in (("q", n_embd), ("k", n_kv), ("v", n_kv)):
-                attn = f"{hf}.self_attn.{proj}_proj"
-                plan.add(f"{out}.attn_{proj}.weight", f"{attn}.weight", shape=(n_out, n_embd))
-                plan.add_optional(f"{out}.attn_{proj}.bias", f"{attn}.bias", shape=(n_out,))
-            plan.add(f"{out}.attn_output.weight", f"{hf}.self_attn.o_proj.weight", shape=(n_embd, n_embd))
+            plan.add_attention(bid, n_embd, n_embd, n_kv, head_dim)
             plan.add(f"{out}.ffn_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
             plan.add(f"{out}.ffn_gate_inp.weight", f"{hf}.mlp.gate.weight", shape=(n_experts, n_embd))
             plan.add_experts(bid, f"{hf}.mlp.experts", n_experts, n_ff, n_embd)
@@ -61,7 +53,5 @@ class Qwen2Moe(Family):
 
     def add_metadata(self, config: Config, writer: GGUFWriter) -> None:
         add_common_metadata(config, writer)
-        writer.add_expert_count(config.need("num_experts"))
-        writer.add_expert_used_count(config.need("num_experts_per_tok"))
         writer.add_expert_feed_forward_length(config.need("moe_intermediate_size"))
         writer.add_expert_shared_feed_forward_length(config.need("shared_expert_intermediate_size"))

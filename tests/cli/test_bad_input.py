@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import build_qwen2_moe
+from checkpoints import build_moe
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.numpy import load_file, save_file
 
@@ -200,7 +200,7 @@ def test_truncated_gguf(refused, tiny: Path, tmp_path: Path, cli, keep: int) -> 
 
 
 def test_missing_shard(refused, tmp_path: Path) -> None:
-    model = build_qwen2_moe(tmp_path / "model", shards=True)
+    model = build_moe(tmp_path / "model", shards=True)
     shards = sorted(model.glob("*.safetensors"))
     assert len(shards) > 2
     shards[1].unlink()
@@ -210,7 +210,7 @@ def test_missing_shard(refused, tmp_path: Path) -> None:
 
 
 def test_index_that_promises_a_tensor_the_shard_lacks(refused, tmp_path: Path) -> None:
-    model = build_qwen2_moe(tmp_path / "model", shards=True)
+    model = build_moe(tmp_path / "model", shards=True)
     index = model / "model.safetensors.index.json"
     data = json.loads(index.read_text())
     data["weight_map"]["model.extra.weight"] = sorted(data["weight_map"].values())[0]
@@ -327,7 +327,7 @@ def test_options_that_make_no_sense(refused, tiny: Path, arguments: list[str], w
 
 
 def test_type_that_does_not_fit_the_row(refused, tmp_path: Path) -> None:
-    model = build_qwen2_moe(tmp_path / "model", moe_intermediate_size=352)
+    model = build_moe(tmp_path / "model", moe_intermediate_size=352)
     assert "rows of 352" in refused("convert", model, "--bpw", 5, "--types", "Q2_K,Q4_K", code=2)
     assert "rows of 352" in refused("convert", model, "--bpw", 5, "--tensor-type", "down_exps=Q2_K", code=2)
 
@@ -489,7 +489,7 @@ def test_recipe_and_budget_together(refused, tiny: Path, tmp_path: Path, recipe:
 
 
 def test_alphas_file_of_another_model_or_damaged(refused, tiny: Path, tmp_path: Path, cli) -> None:
-    other = build_qwen2_moe(tmp_path / "other", num_experts=5)
+    other = build_moe(tmp_path / "other", num_experts=5)
     assert cli("alphas", other, "-o", tmp_path / "alphas.csv")[0] == 0
     line = refused("convert", tiny, "--bpw", 4, "--alphas", "alphas.csv")
     assert "measured on another model" in line

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import build_qwen2_moe
+from checkpoints import build_moe
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from alphaq_gguf.ledger import read_ledger
@@ -91,7 +91,7 @@ def test_types_restrict_the_stacks(tiny: Path, tmp_path: Path, cli) -> None:
 
 
 def test_odd_rows_get_legacy_types_priced_as_they_are(tmp_path: Path, cli) -> None:
-    model = build_qwen2_moe(tmp_path / "model", moe_intermediate_size=352)
+    model = build_moe(tmp_path / "model", moe_intermediate_size=352)
     out = tmp_path / "out.gguf"
     code, _, err = cli("convert", model, "-o", out, "--bpw", 4.2)
     assert code == 0, err
@@ -358,7 +358,7 @@ def test_second_run_reuses_measurements(tiny: Path, tmp_path: Path, cli) -> None
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory) -> Path:
     """A random model big enough to interrupt."""
-    return build_qwen2_moe(tmp_path_factory.mktemp("larger") / "larger", num_experts=16, num_hidden_layers=6)
+    return build_moe(tmp_path_factory.mktemp("larger") / "larger", num_experts=16, num_hidden_layers=6)
 
 
 def interrupt_when(process: subprocess.Popen, ready) -> None:
@@ -464,7 +464,7 @@ def test_matrices_without_an_alpha_are_named_and_still_converted(tiny_copy: Path
 
 
 def test_matrices_too_thin_for_tiles_get_a_full_spectrum_and_a_warning(tmp_path: Path, cli) -> None:
-    model = build_qwen2_moe(tmp_path / "model", moe_intermediate_size=96)
+    model = build_moe(tmp_path / "model", moe_intermediate_size=96)
     code, _, err = cli("alphas", model, "-o", tmp_path / "alphas.csv")
     assert code == 0
     assert {row["spectrum"] for row in read_ledger(tmp_path / "alphas.csv")[1]} == {"full"}
@@ -472,7 +472,7 @@ def test_matrices_too_thin_for_tiles_get_a_full_spectrum_and_a_warning(tmp_path:
 
 
 def test_iq4_nl_is_used_only_when_asked_for(tmp_path: Path, cli) -> None:
-    model = build_qwen2_moe(tmp_path / "model", moe_intermediate_size=352)
+    model = build_moe(tmp_path / "model", moe_intermediate_size=352)
     out = tmp_path / "out.gguf"
     assert cli("convert", model, "-o", out, "--bpw", 5, "--types", "Q4_K,IQ4_NL")[0] == 0
     types = types_of(out)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CORPUS, QWEN2_REGEX, build_qwen2_moe, write_tokenizer
+from checkpoints import CORPUS, QWEN2_REGEX, build_moe, write_tokenizer
 from gguf import GGUFReader
 from oracles import convert_with_llama_cpp, quantize_with_llama_cpp
 
@@ -60,11 +60,13 @@ def metadata(path: Path) -> dict[str, object]:
         {"fused": True},
         {"shards": True, "dtype": "bfloat16"},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        {"family": "Qwen3Moe"},
+        {"family": "Qwen3Moe", "fused": True, "tie_word_embeddings": True},
     ],
-    ids=["one by one", "fused", "bf16 shards", "rope scaling"],
+    ids=["one by one", "fused", "bf16 shards", "rope scaling", "qwen3_moe", "qwen3_moe fused and tied"],
 )
 def test_tensors_and_metadata_equal_those_of_llama_cpps_converter(changes, tmp_path: Path, cli) -> None:
-    source = build_qwen2_moe(tmp_path / "Tiny-Test-Moe-2B-Instruct-v1.1", **changes)
+    source = build_moe(tmp_path / "Tiny-Test-Moe-2B-Instruct-v1.1", **changes)
     (source / "README.md").write_text(MODEL_CARD, encoding="utf-8")
     (source / "generation_config.json").write_text('{"temperature": 0.7, "top_k": 20, "top_p": 0.8}', encoding="utf-8")
     theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
@@ -81,7 +83,7 @@ def test_tensors_and_metadata_equal_those_of_llama_cpps_converter(changes, tmp_p
 
 
 def test_a_tied_output_is_written_out_because_llama_cpp_needs_it(tmp_path: Path, cli) -> None:
-    source = build_qwen2_moe(tmp_path / "model", tie_word_embeddings=True)
+    source = build_moe(tmp_path / "model", tie_word_embeddings=True)
     theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
     convert_with_llama_cpp(source, theirs)
     assert cli("convert", source, "-o", ours, "--bpw", 32, "--tensor-type", r"\.weight$=F32")[0] == 0
@@ -107,7 +109,7 @@ def test_blocks_are_byte_equal_to_llama_cpps_quantiser(bpw: float, tiny: Path, t
 
 
 def test_blocks_of_odd_rows_are_byte_equal_to_llama_cpps_quantiser(tmp_path: Path, cli) -> None:
-    source = build_qwen2_moe(tmp_path / "model", moe_intermediate_size=352)
+    source = build_moe(tmp_path / "model", moe_intermediate_size=352)
     float_file, theirs = tmp_path / "f32.gguf", tmp_path / "theirs.gguf"
     assert cli("convert", source, "-o", float_file, "--bpw", 32, "--tensor-type", r"\.weight$=F32")[0] == 0
     for name in ("Q4_0", "Q5_0", "Q5_1", "IQ4_NL"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import build_qwen2_moe
+from checkpoints import build_moe
 
 from alphaq_gguf.evaluate.llama import LlamaModel
 
@@ -15,6 +15,10 @@ BOUND = 2e-5
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 390, 48)]
 
 LAYOUTS = {
+    "qwen3_moe": {"family": "Qwen3Moe"},
+    "qwen3_moe fused": {"family": "Qwen3Moe", "fused": True},
+    "qwen3_moe tied": {"family": "Qwen3Moe", "tie_word_embeddings": True},
+    "qwen3_moe with wide heads": {"family": "Qwen3Moe", "head_dim": 128},
     "one by one": {},
     "sharded": {"shards": True},
     "fused": {"fused": True},
@@ -47,7 +51,7 @@ def reference_logits(directory: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_f32_gguf_gives_the_logits_of_transformers(layout: str, tmp_path: Path, cli) -> None:
-    source = build_qwen2_moe(tmp_path / "model", **LAYOUTS[layout])
+    source = build_moe(tmp_path / "model", **LAYOUTS[layout])
     out = tmp_path / "out.gguf"
     code, _, err = cli("convert", source, "-o", out, "--bpw", 32, "--tensor-type", r"\.weight$=F32")
     assert code == 0, err

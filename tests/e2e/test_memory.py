@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from checkpoints import build_qwen2_moe
+from checkpoints import build_moe
 from safetensors.torch import load_file, save_file
 
 MIB = 1 << 20
@@ -33,7 +33,7 @@ def peak_bytes(source: Path, out: Path, cache: Path) -> int:
 
 def test_peak_memory_stays_far_below_the_models_size(tiny: Path, tmp_path: Path) -> None:
     n_experts, width = 100, 2048
-    model = build_qwen2_moe(tmp_path / "model", num_experts=2, num_hidden_layers=1)
+    model = build_moe(tmp_path / "model", num_experts=2, num_hidden_layers=1)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_experts": n_experts, "moe_intermediate_size": width}))
     tensors = {n: t for n, t in load_file(model / "model.safetensors").items() if "experts." not in n}
