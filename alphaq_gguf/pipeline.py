@@ -143,6 +143,7 @@ def allocate(
         analytic=settings.distortion.kind == "analytic",
         gamma=settings.gamma,
         alpha_reference=settings.alpha_reference,
+        seed=settings.alphas.seed,
     )
 
     # The budget is checked on a provisional recipe first, so that an impossible one costs no measuring.
@@ -332,6 +333,7 @@ def _recipe(
         "size_bytes": settings.size_bytes,
         "gamma": settings.gamma,
         "alpha_reference": settings.alpha_reference,
+        "seed": settings.alphas.seed,
         "distortion": settings.distortion.kind,
         "types": None if settings.types is None else [q.name for q in settings.types],
         "tensor_types": [f"{pattern}={qtype.name}" for pattern, qtype in settings.overrides],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..measure import Alpha, Key
+from ..measure import Alpha, Key, key_of
 from .base import Allocation, Problem, solve_costs
 
 MAX_GAMMA = 200.0
@@ -20,14 +20,14 @@ class AlphaQ:
     summary = "encoding error weighted by (median alpha / alpha)^gamma, from weights alone"
 
     def allocate(self, problem: Problem) -> Allocation:
-        alphas = {key_: problem.alphas[key_] for key_ in _keys(problem)}
-        gamma = choose_gamma(alphas) if problem.gamma is None else problem.gamma
-        weights = sensitivities(alphas, gamma, problem.alpha_reference)
-        return solve_costs(problem, weights, {"gamma": gamma})
+        gamma, alphas = gamma_and_alphas(problem)
+        return solve_costs(problem, sensitivities(alphas, gamma, problem.alpha_reference), {"gamma": gamma})
 
 
-def _keys(problem: Problem) -> list[Key]:
-    return [(m.stack, m.xid, m.proj) for unit in problem.units for m in unit.matrices]
+def gamma_and_alphas(problem: Problem) -> tuple[float, dict[Key, Alpha]]:
+    """The exponent asked for, or chosen by the rule, and the alphas of the problem's own matrices."""
+    alphas = {key_of(m): problem.alphas[key_of(m)] for unit in problem.units for m in unit.matrices}
+    return choose_gamma(alphas) if problem.gamma is None else problem.gamma, alphas
 
 
 def choose_gamma(alphas: Mapping[Key, Alpha]) -> float:

@@ -45,6 +45,7 @@ class Problem:
     analytic: bool = False
     gamma: float | None = None
     alpha_reference: str = "all"
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def expert_bpw(path: Path) -> float:
     return sum(t.n_bytes for t in stacks) * 8 / sum(t.n_elements for t in stacks)
 
 
-@pytest.mark.parametrize("strategy", ["alphaq", "mse", "uniform"])
+@pytest.mark.parametrize("strategy", ["alphaq", "mse", "uniform", "random", "inverse-alpha"])
 @pytest.mark.parametrize("bpw", [2.625, 3.0, 4.5, 7.0])
 def test_bpw_budget_is_kept_and_used(strategy: str, bpw: float, tiny: Path, tmp_path: Path, cli) -> None:
     out = tmp_path / "out.gguf"

@@ -268,3 +268,41 @@ def test_every_strategy_is_registered_under_its_name_with_a_summary():
         assert strategy.name == name
         assert strategy.summary
         assert strategy.needs <= {"alphas", "distortions"}
+
+
+def mixed_units() -> list[Unit]:
+    wide = [make_unit(f"k{i}", "up", 2, 4, 256, K_TYPES) for i in range(5)]
+    return [*wide, *(make_unit(f"l{i}", "down", 2, 4, 352, LEGACY_TYPES) for i in range(3))]
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31), share=st.floats(0.0, 1.0))
+def test_random_stays_within_the_budget_and_leaves_nothing_that_one_step_could_spend(seed, share):
+    problem = replace(make_problem(mixed_units(), share), seed=seed)
+    choice = STRATEGIES["random"].allocate(problem).choice
+    left = problem.budget - total(problem, choice)
+    assert left >= 0
+    for u, t in enumerate(choice):
+        assert problem.allowed[u, t]
+        larger = [s - problem.size[u, t] for s in problem.size[u][problem.allowed[u]] if s > problem.size[u, t]]
+        assert not larger or min(larger) > left
+
+
+def test_random_repeats_with_its_seed_and_differs_between_seeds():
+    problem = make_problem(mixed_units(), 0.5)
+    choices = [tuple(STRATEGIES["random"].allocate(replace(problem, seed=seed)).choice) for seed in range(12)]
+    assert choices[3] == tuple(STRATEGIES["random"].allocate(replace(problem, seed=3)).choice)
+    assert len(set(choices)) > 6
+
+
+@pytest.mark.parametrize("gamma", [1.0, 12.0])
+def test_inverse_alpha_is_alphaq_on_reciprocal_alphas(gamma):
+    problem = make_problem(mixed_units(), 0.4, gamma=gamma)
+    # An even number of alphas has no single median; one more makes the reciprocal of the median exact.
+    keys = list(problem.alphas)[:-1]
+    alphas = {key: problem.alphas[key] for key in keys} | {list(problem.alphas)[-1]: alpha(None)}
+    flipped = {key: replace(a, alpha=None if a.alpha is None else 1 / a.alpha) for key, a in alphas.items()}
+    inverse = STRATEGIES["inverse-alpha"].allocate(replace(problem, alphas=alphas))
+    expected = STRATEGIES["alphaq"].allocate(replace(problem, alphas=flipped))
+    assert inverse.cost == pytest.approx(expected.cost)
+    assert inverse.parameters == {"gamma": -gamma}
