@@ -103,6 +103,9 @@ def from_json(data: Any, where: str) -> Recipe:
         for key, kind in (("tool", str), ("source", str), ("architecture", str), ("settings", dict), ("result", dict)):
             if not isinstance(data[key], kind):
                 raise TypeError(f"{key} is {data[key]!r}")
+        for values, key in ((data["settings"], "bpw"), (data["settings"], "size_bytes"), (data["result"], "gamma")):
+            if not isinstance(values.get(key), int | float | None):
+                raise TypeError(f"{key} is {values[key]!r}")
         units = tuple(RecipeUnit(**{**entry, "qtype": parse_qtype(entry["qtype"])}) for entry in data["units"])
         if not all(isinstance(unit.tensor, str) for unit in units):
             raise TypeError("a unit without a tensor name")

@@ -51,13 +51,24 @@ def test_bpw_budget_is_kept_and_used(strategy: str, bpw: float, tiny: Path, tmp_
 def test_size_budget_counts_the_whole_file(extra: int, tiny: Path, tmp_path: Path, cli) -> None:
     out = tmp_path / "smallest.gguf"
     assert cli("convert", tiny, "-o", out, "--bpw", 2.625)[0] == 0
-    budget = out.stat().st_size + 200 + extra
+    # Metadata is budgeted before it is measured, with 1 KiB to spare.
+    budget = out.stat().st_size + 2000 + extra
     code, _, err = cli("convert", tiny, "-o", tmp_path / "out.gguf", "--size", budget)
     assert code == 0, err
     size = (tmp_path / "out.gguf").stat().st_size
     assert size <= budget
     # The smallest step from one type to the next of one stack (Q2_K to Q3_K of 256 KiB weights) is 26,624 bytes.
     assert size > budget - 40_000
+
+
+def test_the_smallest_size_named_as_feasible_is(tiny: Path, tmp_path: Path, cli) -> None:
+    code, _, err = cli("convert", tiny, "-o", tmp_path / "out.gguf", "--size", "1KiB")
+    assert code == 1
+    least = int(re.findall(r"feasible are ([\d,]+)", err)[0].replace(",", ""))
+    code, _, err = cli("convert", tiny, "-o", tmp_path / "out.gguf", "--size", least)
+    assert code == 0, err
+    assert least - 2000 < (tmp_path / "out.gguf").stat().st_size <= least
+    assert {t for n, t in types_of(tmp_path / "out.gguf").items() if "_exps" in n} == {"Q2_K"}
 
 
 def test_default_types_of_other_tensors(tiny: Path, tmp_path: Path, cli) -> None:

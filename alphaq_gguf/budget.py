@@ -1,0 +1,118 @@
+"""What there is to decide and what it may cost: units with their options, sizes, and the budget in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .checkpoint import ExpertStack
+from .errors import BudgetError, UsageError
+from .gguf_file import align
+from .measure import AlphaSettings, DistortionSettings
+from .qtypes import QType, bpw, candidates, row_bytes
+from .strategies import Problem, Unit
+from .tensor_types import Override
+
+
+@dataclass(frozen=True)
+class AllocationSettings:
+    """What to allocate. Exactly one of `bpw` (over expert weights) and `size_bytes` (whole file) is given.
+
+    `gamma` None asks for the rule 1 / std(ln alpha); `types` restricts the types of expert stacks;
+    `overrides` set the types of single tensors.
+    """
+
+    bpw: float | None = None
+    size_bytes: int | None = None
+    strategy: str = "alphaq"
+    gamma: float | None = None
+    alpha_reference: str = "all"
+    types: tuple[QType, ...] | None = None
+    overrides: tuple[Override, ...] = ()
+    alphas: AlphaSettings = field(default_factory=AlphaSettings)
+    distortion: DistortionSettings = field(default_factory=DistortionSettings)
+
+
+def make_units(
+    stacks: Sequence[ExpertStack], fixed: dict[str, QType], types: tuple[QType, ...] | None
+) -> tuple[Unit, ...]:
+    """One unit per stack, with the types the user fixed or allowed and its rows can take.
+
+    UsageError when `types` leaves a stack without any.
+    """
+    units = []
+    for stack in stacks:
+        options = (fixed[stack.name],) if stack.name in fixed else candidates(stack.n_cols, types)
+        if not options:
+            names = ", ".join(q.name for q in types or ())
+            raise UsageError(
+                f"--types {names}: none fits {stack.name} with rows of {stack.n_cols}",
+                f"add one of {', '.join(q.name for q in candidates(stack.n_cols))}",
+            )
+        units.append(
+            Unit(stack.name, stack.bid, stack.proj, stack.n_cols, stack.n_weights, tuple(stack.matrices), options)
+        )
+    return tuple(units)
+
+
+def unit_bytes(unit: Unit, qtype: QType) -> int:
+    """Stored bytes of a unit under a type, without alignment."""
+    return unit.n_weights // unit.n_cols * row_bytes(qtype, unit.n_cols)
+
+
+def make_problem(units: tuple[Unit, ...], settings: AllocationSettings, alignment: int) -> Problem:
+    """The problem before anything is measured. A budget for the whole file pays for alignment too."""
+    qtypes = tuple(sorted({q for unit in units for q in unit.options}, key=bpw))
+    step = 1 if settings.size_bytes is None else alignment
+    size = [[align(unit_bytes(unit, q), step) if q in unit.options else 0 for q in qtypes] for unit in units]
+    return Problem(
+        units,
+        qtypes,
+        np.array(size, dtype=np.int64),
+        np.array([[q in unit.options for q in qtypes] for unit in units]),
+        0,
+        analytic=settings.distortion.kind == "analytic",
+        gamma=settings.gamma,
+        alpha_reference=settings.alpha_reference,
+        seed=settings.alphas.seed,
+    )
+
+
+def smallest_choice(problem: Problem) -> np.ndarray:
+    """The option of least size of every unit, int [units]."""
+    return np.where(problem.allowed, problem.size, np.iinfo(np.int64).max).argmin(axis=1)
+
+
+def budget_bytes(settings: AllocationSettings, problem: Problem, overhead: int) -> int:
+    """The bytes expert stacks may take; `overhead` is everything else in the file.
+
+    UsageError unless exactly one budget is given, BudgetError when it is below what is feasible; its
+    message names the feasible range.
+    """
+    n_weights = sum(unit.n_weights for unit in problem.units)
+    rows = np.arange(len(problem.units))
+    least = int(problem.size[rows, smallest_choice(problem)].sum())
+    most = int(problem.size.max(axis=1).sum())
+    if (settings.bpw is None) == (settings.size_bytes is None):
+        raise UsageError("give exactly one budget", "--bpw 3.5 (over expert weights) or --size 8GiB (whole file)")
+    if settings.size_bytes is not None:
+        budget = settings.size_bytes - overhead
+        if budget < least:
+            raise BudgetError(
+                f"a file of {settings.size_bytes:,} bytes is impossible: "
+                f"feasible are {overhead + least:,} to {overhead + most:,} bytes",
+                f"ask for at least --size {overhead + least}, or allow smaller types with --tensor-type",
+            )
+        return min(budget, most)
+    assert settings.bpw is not None
+    # A hair more than asked for, so that 3.4375 means all Q3_K in spite of rounding; NaN fails the test.
+    wanted = settings.bpw * n_weights / 8 * (1 + 1e-12)
+    if not wanted >= least:
+        low = np.ceil(least * 8 / n_weights * 1000) / 1000
+        raise BudgetError(
+            f"{settings.bpw:g} bits per expert weight is impossible: feasible are {low:g} to {most * 8 / n_weights:g}",
+            "ask for more, or allow smaller types with --types",
+        )
+    return most if wanted >= most else int(wanted)
