@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format_message = getattr(error, "format_message", None)
         Console().error(format_message() if format_message else str(error), "see alphaq-gguf COMMAND --help")
         return getattr(error, "exit_code", 2)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
         # The reader of a pipe went away, as in `alphaq-gguf inspect FILE | head`.
