@@ -16,15 +16,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that one checkpoint tensor contributes: optionally one expert of a fused tensor, a row range of it.
-
-    `transpose` swaps the last two axes before `rows` is applied.
-    """
+    """Rows that one checkpoint tensor contributes: optionally one expert of a fused tensor, a row range of it."""
 
     tensor: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
-    transpose: bool = False
 
 
 @dataclass(frozen=True)

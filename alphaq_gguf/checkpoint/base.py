@@ -89,7 +89,6 @@ class Source(ABC):
     written; `fields` is the metadata a converted file starts from.
     """
 
-    kind: str
     architecture: str
     """The GGUF architecture name."""
     fields: list[Field]

@@ -21,8 +21,6 @@ _SPLIT_KEYS = "split."
 class GGUFSource(Source):
     """Reads a GGUF, or all files of a split one given any of them; metadata is carried over byte for byte."""
 
-    kind = "gguf"
-
     def __init__(self, path: Path, *, allow_requantize: bool = False) -> None:
         super().__init__(path)
         headers = _read_split(path)

@@ -12,7 +12,7 @@ import yaml
 from gguf import GGUFType, GGUFWriter, Metadata, size_label
 from safetensors import SafetensorError, safe_open
 
-from ..arch import FAMILIES, Config, Family, Part, TensorPlan
+from ..arch import FAMILIES, Config, Family, Part
 from ..arch.tokenizer import add_tokenizer
 from ..errors import SourceError
 from ..gguf_file import Field, TensorInfo, make_field
@@ -25,8 +25,6 @@ _INDEX = "model.safetensors.index.json"
 
 class HuggingFaceSource(Source):
     """Reads a checkpoint directory; the family in `arch/` says which GGUF tensors it becomes."""
-
-    kind = "huggingface"
 
     def __init__(self, path: Path, *, pre_tokenizer: str | None = None) -> None:
         super().__init__(path)
@@ -131,7 +129,7 @@ class HuggingFaceSource(Source):
 
     def _add_description(self, writer: GGUFWriter) -> None:
         """`general.*` from the model card, generation_config.json and the directory's name."""
-        total = sum(plan_weights(p) for p in self._plans.values())
+        total = sum(info.n_weights for info in self.tensors.values())
         try:
             metadata = Metadata.load(None, self.path, None, total)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -145,11 +143,6 @@ class HuggingFaceSource(Source):
             shared = total - sum(s.n_weights for s in self.stacks)
             metadata.size_label = size_label(total, shared, experts, self.stacks[0].n_experts)
         metadata.set_gguf_meta_model(writer)
-
-
-def plan_weights(plan: TensorPlan) -> int:
-    """Number of weights a plan writes."""
-    return int(np.prod(plan.shape))
 
 
 def _torch_dtype(qtype: QType) -> torch.dtype:
@@ -237,9 +230,9 @@ class _Shards:
         rows = slice(offset + first, offset + last)
         try:
             if part.expert is not None:
-                return piece[part.expert, :, rows].T if part.transpose else piece[part.expert, rows, :]
+                return piece[part.expert, rows, :]
             if len(self.shapes[part.tensor]) == 1:
                 return piece[:].reshape(1, -1)
-            return piece[:, rows].T if part.transpose else piece[rows, :]
+            return piece[rows, :]
         except SafetensorError as error:
             raise SourceError(f"{self.directory / self._file_of[part.tensor]}: {part.tensor}: {error}") from None
