@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,10 @@ def tile_seconds(stacks: list[ExpertStack]) -> float:
     return tiles * TILE_CORE_S
 
 
-def note_tiles(settings: AlphaSettings | None, stacks: list[ExpertStack], threads: int, reporter: Reporter) -> None:
+def note_tiles(settings: AlphaSettings, stacks: list[ExpertStack], threads: int, reporter: Reporter) -> None:
     """Say what all tiles would cost, and whether they are all used, where that is worth a line."""
     seconds = tile_seconds(stacks) / threads
-    if settings and settings.spectrum == "farms" and seconds > _WORTH_A_LINE_S:
+    if settings.spectrum == "farms" and seconds > _WORTH_A_LINE_S:
         kept = settings.max_tiles(stacks)
         chosen = "using all" if kept is None else f"using {kept} seeded tiles a matrix (--tiles all for all)"
         reporter.note(f"Spectra of all tiles take about {seconds / 60:.1f} min on {threads} threads: {chosen}")
@@ -154,7 +154,7 @@ def measure(
     """
     reporter = reporter or Silent()
     meters: list[_AlphaMeter | _DistortionMeter] = []
-    found_alphas, alpha_header = {}, {}
+    found_alphas, alpha_header, alpha_meter = {}, {}, None
     if given_alphas is not None:
         alpha_header, found_alphas = load_alphas(given_alphas, source)
     elif alphas is not None:
@@ -171,8 +171,8 @@ def measure(
     todo = [m for m in matrices if any(meter.needs(m) for meter in meters)]
     try:
         if todo:
-            if any(isinstance(meter, _AlphaMeter) for meter in meters):
-                note_tiles(alphas, source.stacks, threads, reporter)
+            if alpha_meter and any(map(alpha_meter.needs, todo)):
+                note_tiles(alpha_meter.settings, source.stacks, threads, reporter)
             total = sum(m.n_rows * m.n_cols for m in todo)
             with _one_torch_thread(), reporter.task("Measuring experts", total, "weights") as advance:
                 for matrix in todo:
@@ -289,20 +289,13 @@ def measure_alpha(
         else:
             esd = spectral.full_spectrum(weight)
         fit = spectral.fit_alpha(esd, settings.estimator)
-    return {
-        "stack": matrix.stack,
-        "layer": matrix.bid,
-        "expert": matrix.xid,
-        "proj": matrix.proj,
-        "n_rows": matrix.n_rows,
-        "n_cols": matrix.n_cols,
-        "alpha": fit.alpha,
-        "variance": variance,
-        "k": fit.k,
-        "n": fit.n,
-        "spectrum": kind,
-        "problem": fit.problem,
-    }
+    return alpha_row(matrix, Alpha(fit.alpha, variance, fit.k, fit.n, kind, fit.problem))
+
+
+def alpha_row(matrix: ExpertMatrix, alpha: Alpha) -> dict[str, Any]:
+    """A row of an alphas file: ALPHA_COLUMNS and their values."""
+    place = (matrix.stack, matrix.bid, matrix.xid, matrix.proj, matrix.n_rows, matrix.n_cols)
+    return dict(zip(ALPHA_COLUMNS, (*place, *astuple(alpha)), strict=True))
 
 
 def measure_distortion(rows: np.ndarray, qtype: QType, sample: int | None, seed: int, threads: int) -> Distortion:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -58,11 +58,9 @@ class ChatFormat:
         system = ""
         if self.system:
             system = "{{ if .System }}" + self.system[0] + "{{ .System }}" + self.system[1] + "{{ end }}"
-        if self.system_in_user:
-            user = "{{ if .Prompt }}" + self.user[0] + system + "{{ .Prompt }}" + self.user[1] + "{{ end }}"
-            return user + self.answer + "{{ .Response }}" + self.assistant[1]
-        user = "{{ if .Prompt }}" + self.user[0] + "{{ .Prompt }}" + self.user[1] + "{{ end }}"
-        return system + user + self.answer + "{{ .Response }}" + self.assistant[1]
+        outside, inside = ("", system) if self.system_in_user else (system, "")
+        user = "{{ if .Prompt }}" + self.user[0] + inside + "{{ .Prompt }}" + self.user[1] + "{{ end }}"
+        return outside + user + self.answer + "{{ .Response }}" + self.assistant[1]
 
 
 FORMATS = (
@@ -148,19 +146,8 @@ def recognise(template: str, bos: str, eos: str) -> tuple[ChatFormat, str] | Non
 
 
 def _fill(found: ChatFormat, bos: str, eos: str) -> ChatFormat:
-    def filled(pair: tuple[str, str]) -> tuple[str, str]:
-        return pair[0].replace("{eos}", eos), pair[1].replace("{eos}", eos)
-
-    return ChatFormat(
-        found.name,
-        found.system,
-        found.user,
-        filled(found.assistant),
-        found.answer,
-        found.stop,
-        found.start.replace("{bos}", bos),
-        found.system_in_user,
-    )
+    before, after = found.assistant
+    return replace(found, assistant=(before, after.replace("{eos}", eos)), start=found.start.replace("{bos}", bos))
 
 
 def _default_system(pieces: ChatFormat, plain: str | None) -> str | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from alphaq_gguf.console import Console
-from alphaq_gguf.evaluate.llama import LlamaModel, log_softmax
+from alphaq_gguf.evaluate.llama import LlamaModel
 from alphaq_gguf.pipeline import AllocationSettings, allocate, convert, open_source
 from alphaq_gguf.qtypes import QType
 
@@ -35,9 +35,8 @@ def score(path: Path, windows: list[list[int]], reference: Path | None, scratch:
     losses, divergences, same = [], [], []
     with LlamaModel(path, n_ctx=len(windows[0]), threads=os.cpu_count()) as model:
         for i, window in enumerate(windows):
-            first = len(window) // 2
-            logp = log_softmax(model.logits(window)[first:-1].astype(np.float64))
-            losses.append(-logp[np.arange(len(logp)), window[first + 1 :]])
+            logp, loss = model.score(window)
+            losses.append(loss)
             stored = scratch / f"{i}.npy"
             if reference is None:
                 np.save(stored, logp.astype(np.float32))
@@ -76,12 +75,8 @@ def main() -> None:
         reference = scratch / "f32.gguf"
         convert(source, allocate(source, AllocationSettings(bpw=32, overrides=floats), cache_dir=cache), reference)
         with LlamaModel(reference, n_ctx=arguments.ctx) as model:
-            bos = model.bos
-            tokens = ([] if bos is None else [bos]) + model.tokenize(arguments.text.read_text(encoding="utf-8"))
-        n = arguments.ctx
-        windows = [tokens[i * n : (i + 1) * n] for i in range(min(len(tokens) // n, arguments.windows))]
-        if bos is not None:
-            windows = [[bos, *window[1:]] for window in windows]
+            text = arguments.text.read_text(encoding="utf-8")
+            windows = model.windows(text, arguments.ctx)[: arguments.windows]
         rows.append({"strategy": "f32", "bpw": 32.0, **score(reference, windows, None, scratch)})
         others = ((r"^(?!.*_exps\.).*\.weight$", QType.F32),)
         for budget in map(float, arguments.bpw.split(",")):
@@ -102,7 +97,7 @@ def main() -> None:
         "llama-cpp-python": version("llama-cpp-python"),
         "model": source.path.name,
         "windows": len(windows),
-        "ctx": n,
+        "ctx": arguments.ctx,
         "rows": rows,
     }
     arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -110,7 +105,7 @@ def main() -> None:
         f"# {source.path.name}: perplexity and KLD in llama.cpp by budget and strategy",
         "",
         f"`{result['command']}`, {result['date']}, {result['machine']}, llama-cpp-python {result['llama-cpp-python']}; "
-        f"{len(windows)} windows of {n} tokens, second halves scored; only expert stacks quantised.",
+        f"{len(windows)} windows of {arguments.ctx} tokens, second halves scored; only expert stacks quantised.",
         "",
         "| strategy | budget | expert bpw | PPL | mean KLD | top-1 agreement |",
         "| --- | --- | --- | --- | --- | --- |",

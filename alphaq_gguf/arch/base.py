@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, RopeScalingType
@@ -50,6 +52,17 @@ class Config(dict[str, Any]):
     def n_experts(self) -> int:
         """Routed experts per layer, under either of transformers' names."""
         return self.need("num_experts", "num_local_experts")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the checkpoint; SourceError when the file holds anything else, FileNotFoundError without it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: not valid JSON: {error}", "download it again") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path}: expected a JSON object, found {type(data).__name__}", "download it again")
+    return data
 
 
 class Family(ABC):

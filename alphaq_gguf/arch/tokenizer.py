@@ -6,13 +6,13 @@ fine-tune with a changed vocabulary keeps working.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from ..errors import SourceError
+from .base import read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,7 +35,11 @@ def add_tokenizer(directory: Path, n_vocab: int, writer: GGUFWriter, pre_tokeniz
     unknown kind of tokenizer, or an unknown regex.
     """
     path = directory / "tokenizer.json"
-    data = _read_json(path)
+    try:
+        data = read_json(path)
+    except FileNotFoundError:
+        hint = "download the whole repository"
+        raise SourceError(f"{path} is missing: the model has no fast tokenizer", hint) from None
     model = data.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise SourceError(
@@ -70,17 +74,6 @@ def add_tokenizer(directory: Path, n_vocab: int, writer: GGUFWriter, pre_tokeniz
     special.add_to_gguf(writer, quiet=True)
     if pre in _BOS_BY_DEFAULT and "bos" not in special.add_special_token:
         writer.add_add_bos_token(False)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(
-            f"{path} is missing: the model has no fast tokenizer", "download the whole repository"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: not valid JSON: {error}", "download it again") from None
 
 
 def _looks_special(token: str) -> bool:

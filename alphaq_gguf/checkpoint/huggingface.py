@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from gguf import GGUFType, GGUFWriter, Metadata, size_label
 from safetensors import SafetensorError, safe_open
 
 from ..arch import FAMILIES, Config, Family, Part
+from ..arch.base import read_json
 from ..arch.tokenizer import add_tokenizer
 from ..errors import SourceError
 from ..gguf_file import Field, TensorInfo, make_field
@@ -29,7 +29,7 @@ class HuggingFaceSource(Source):
     def __init__(self, path: Path, *, pre_tokenizer: str | None = None) -> None:
         super().__init__(path)
         self.pre_tokenizer = pre_tokenizer
-        self.config = Config(self._read_json("config.json"), str(path / "config.json"))
+        self.config = self._read_config()
         self.family = self._find_family()
         self._shards = _Shards(path)
         self.family.check(self.config)
@@ -75,23 +75,17 @@ class HuggingFaceSource(Source):
         for i in range(start // height, -(-stop // height)):
             first, last = max(start - i * height, 0), min(stop - i * height, height)
             piece = self._shards.read(plan.parts[i], first, last)
-            pieces.append(piece if piece.dtype == _torch_dtype(info.qtype) else piece.to(_torch_dtype(info.qtype)))
+            pieces.append(piece.to(_torch_dtype(info.qtype)))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
+    def _read_config(self) -> Config:
+        path = self.path / "config.json"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            return Config(read_json(path), str(path))
         except FileNotFoundError:
-            what = "is empty" if not any(self.path.iterdir()) else f"holds no {name}: not a model directory"
-            raise SourceError(
-                f"{self.path} {what}", "give a Hugging Face checkpoint directory or a .gguf file"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path}: not valid JSON: {error}", "download it again") from None
-        if not isinstance(data, dict):
-            raise SourceError(f"{path}: expected a JSON object, found {type(data).__name__}", "download it again")
-        return data
+            what = "holds no config.json: not a model directory" if any(self.path.iterdir()) else "is empty"
+            hint = "give a Hugging Face checkpoint directory or a .gguf file"
+            raise SourceError(f"{self.path} {what}", hint) from None
 
     def _find_family(self) -> Family:
         model_type = self.config.get("model_type")
@@ -174,10 +168,9 @@ class _Shards:
         """File name -> tensors the index expects in it (None: whatever it holds)."""
         index = self.directory / _INDEX
         if index.is_file():
-            try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-                raise SourceError(f"{index}: not a valid shard index: {error!r}", "download it again") from None
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise SourceError(f"{index}: not a valid shard index: no weight_map", "download it again")
             files: dict[str, list[str] | None] = {}
             for name, file in weight_map.items():
                 files[file] = [*(files.get(file) or []), name]

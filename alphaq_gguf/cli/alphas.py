@@ -9,7 +9,7 @@ import typer
 
 from ..console import format_count
 from ..ledger import format_value, render_ledger
-from ..measure import ALPHA_COLUMNS, alphas_header_text
+from ..measure import ALPHA_COLUMNS, alpha_row, alphas_header_text, key_of
 from ..pipeline import measure_source
 from ..spread import spread_by, spread_of
 from ..writer import check_output, write_atomically
@@ -35,13 +35,11 @@ def command(
     if output is not None:
         check_output(output, force=shown.force, inputs=source.files)
     found = measure_source(source, settings, reporter=console, **machine.measuring())
-    rows = []
-    for stack in source.stacks:
-        for m in stack.matrices:
-            a = found.alphas[m.stack, m.xid, m.proj]
-            values = (m.stack, m.bid, m.xid, m.proj, m.n_rows, m.n_cols)
-            values += (a.alpha, a.variance, a.k, a.n, a.spectrum, a.problem)
-            rows.append({c: format_value(v) for c, v in zip(ALPHA_COLUMNS, values, strict=True)})
+    matrices = [matrix for stack in source.stacks for matrix in stack.matrices]
+    rows = [
+        {column: format_value(value) for column, value in alpha_row(m, found.alphas[key_of(m)]).items()}
+        for m in matrices
+    ]
     if output is not None:
         write_atomically(output, render_ledger(found.alpha_header, ALPHA_COLUMNS, rows))
     spreads = spread_by(found.alphas, {stack.name: stack.bid for stack in source.stacks})

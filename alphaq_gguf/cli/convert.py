@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..modelfile import render_modelfile
 from ..pipeline import allocate, convert, load_recipe, plan_file
 from ..recipe import check_recipe, save_recipe, to_json
-from ..writer import check_output, check_space, replacing, write_atomically
+from ..writer import check_output, replacing, write_atomically
 from .options import AlphaOptions, BudgetOptions, MachineOptions, OutputOptions, SourceOptions, grouped
 from .show import show_recipe
 
@@ -69,7 +69,6 @@ def command(
     show_recipe(console, chosen)
     answer: dict[str, Any] = {"output": None, "recipe": to_json(chosen)}
     if not dry_run:
-        check_space(out, chosen.result["file_bytes"])
         done = convert(source, chosen, out, force=shown.force, threads=machine.n_threads, reporter=console)
         if done.resumed_bytes:
             console.note(f"Continued an interrupted run at {format_count(done.resumed_bytes, 'bytes')}")

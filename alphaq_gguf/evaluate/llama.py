@@ -100,6 +100,19 @@ class LlamaModel:
         self.llm.eval(list(tokens))
         return np.array(self.llm.scores[: len(tokens)], dtype=np.float32)
 
+    def windows(self, text: str, n_ctx: int) -> list[list[int]]:
+        """`text` cut as llama-perplexity does: whole windows of `n_ctx` tokens, each begun by BOS if there is one."""
+        lead = [] if self.bos is None else [self.bos]
+        tokens = lead + self.tokenize(text)
+        starts = range(0, len(tokens) - n_ctx + 1, n_ctx)
+        return [lead + tokens[start + len(lead) : start + n_ctx] for start in starts]
+
+    def score(self, window: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The second half of a window: log-probabilities float64 [n, n_vocab], and the true tokens' losses [n]."""
+        first = len(window) // 2
+        logp = log_softmax(self.logits(window)[first:-1].astype(np.float64))
+        return logp, -logp[np.arange(len(logp)), window[first + 1 :]]
+
     def perplexity(
         self, text: str, *, n_ctx: int = 512, max_windows: int | None = None, reporter: Reporter | None = None
     ) -> Perplexity:
@@ -108,19 +121,15 @@ class LlamaModel:
         AlphaQError when the text has fewer than two windows' worth of tokens.
         """
         reporter = reporter or Silent()
-        bos = self.bos
-        tokens = ([] if bos is None else [bos]) + self.tokenize(text)
-        if len(tokens) < 2 * n_ctx:
-            raise AlphaQError(f"the text has {len(tokens)} tokens, at least {2 * n_ctx} are needed", "give more text")
-        n_windows = min(len(tokens) // n_ctx, max_windows or len(tokens))
-        first = n_ctx // 2
+        available = self.windows(text, n_ctx)
+        if len(available) < 2:
+            found = f"the text fills {len(available)} windows of {n_ctx} tokens"
+            raise AlphaQError(f"{found}, at least 2 are needed", "give more text")
+        windows = available[:max_windows]
         nll: list[np.ndarray] = []
-        with reporter.task(f"Perplexity {self.path.name}", n_windows, "windows") as advance:
-            for i in range(n_windows):
-                window = tokens[i * n_ctx : (i + 1) * n_ctx]
-                fed = window if bos is None else [bos, *window[1:]]
-                scored = self.logits(fed)[first : n_ctx - 1].astype(np.float64)
-                nll.append(-log_softmax(scored)[np.arange(len(scored)), window[first + 1 :]])
+        with reporter.task(f"Perplexity {self.path.name}", len(windows), "windows") as advance:
+            for window in windows:
+                nll.append(self.score(window)[1])
                 advance(1)
         losses = np.concatenate(nll)
         value = math.exp(losses.mean())

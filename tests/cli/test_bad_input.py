@@ -271,6 +271,19 @@ def test_missing_tokenizer(refused, tiny_copy: Path) -> None:
     assert "tokenizer.json is missing" in refused("convert", tiny_copy, "--bpw", 4)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_json_that_is_no_object(refused, tiny_copy: Path, name: str) -> None:
+    (tiny_copy / name).write_text("[1, 2]")
+    assert f"{name}: expected a JSON object, found list" in refused("convert", tiny_copy, "--bpw", 4)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_damaged_shard_index(refused, tmp_path: Path, text: str) -> None:
+    model = build_moe(tmp_path / "model", shards=True)
+    (model / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json" in refused("convert", model, "--bpw", 4)
+
+
 def test_tokenizer_larger_than_the_vocabulary(refused, tiny_copy: Path) -> None:
     path = tiny_copy / "tokenizer.json"
     data = json.loads(path.read_text())

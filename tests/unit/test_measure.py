@@ -31,13 +31,7 @@ from alphaq_gguf.qtypes import QType
 TYPES = (QType.Q2_K, QType.Q4_K, QType.Q8_0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread():
-    """Decompositions this small only suffer from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

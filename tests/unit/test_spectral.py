@@ -22,14 +22,7 @@ from alphaq_gguf.spectral import (
     median_k,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread():
-    """Decompositions this small only suffer from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def squared_singular_values(weight: np.ndarray) -> np.ndarray:
