@@ -325,7 +325,7 @@ def load_alphas(path: Path, source: Source) -> tuple[dict[str, Any], dict[Key, A
             "write one with `alphaq-gguf alphas`",
         )
     if header.get("source") != source.fingerprint:
-        raise AlphaQError(f"{path}: measured on another model than {source.path}", "measure this one")
+        raise AlphaQError(f"{path}: measured on another model than {source.label}", "measure this one")
     try:
         found = dict(_parse_alpha(row) for row in rows)
     except (KeyError, ValueError) as error:

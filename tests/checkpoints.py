@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -70,11 +71,13 @@ COMMON = {
     "use_sliding_window": False,
 }
 
-# What a family's configuration needs beside COMMON, by transformers' class prefix.
-FAMILIES = {
+# A tiny model of every family: what its configuration needs beside COMMON, by transformers' class prefix.
+FAMILIES: dict[str, dict[str, object]] = {
     "Qwen2Moe": {"shared_expert_intermediate_size": 256},
     "Qwen3Moe": {"head_dim": 64, "norm_topk_prob": True},
 }
+
+_ROUTER = re.compile(r"\.(gate|router)\.weight$")
 
 
 def build_moe(
@@ -88,22 +91,25 @@ def build_moe(
 ) -> Path:
     """A random checkpoint by transformers: 2 layers, 4 experts of width 256, 400 tokens.
 
-    `fused` writes the experts as transformers holds them, [E, 2I, H]; `shards` splits the weights.
+    `fused` writes the tensors as transformers holds them in memory, experts fused; `shards` splits the weights.
     """
     import torch
     import transformers
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    config = getattr(transformers, f"{family}Config")(**{**COMMON, **FAMILIES[family], **changes})
+    model_class = getattr(transformers, f"{family}ForCausalLM")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = model_class(model_class.config_class(**{**COMMON, **FAMILIES[family], **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-            if ".mlp.gate." in name:
+            if _ROUTER.search(name):
                 parameter.mul_(4)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     model = model.to(getattr(torch, dtype)).eval()
     if fused:
         model.config.architectures = [type(model).__name__]

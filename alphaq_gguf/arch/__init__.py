@@ -8,4 +8,6 @@ from .qwen3_moe import Qwen3Moe
 
 __all__ = ["FAMILIES", "Config", "Family", "Part", "TensorPlan"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Qwen2Moe(), Qwen3Moe())}
+_FAMILIES: tuple[Family, ...] = (Qwen2Moe(), Qwen3Moe())
+
+FAMILIES: dict[str, Family] = {name: family for family in _FAMILIES for name in (family.model_type, *family.aliases)}

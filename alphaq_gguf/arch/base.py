@@ -4,34 +4,48 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, RopeScalingType
 
 from ..errors import SourceError
 
+if TYPE_CHECKING:
+    import torch
+
 Shapes = Mapping[str, tuple[int, ...]]
+Transform = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that one checkpoint tensor contributes: optionally one expert of a fused tensor, a row range of it."""
+    """Rows that one checkpoint tensor contributes: optionally one expert of a fused tensor, a row range of it.
+
+    `transform` rearranges or computes instead of passing rows through: it is given the whole tensor
+    (the whole expert's, if `expert` is set), so it suits what fits in memory.
+    """
 
     tensor: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    transform: Transform | None = None
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A GGUF tensor to write: its name, its shape in torch order, and the parts its rows come from, in order."""
+    """A GGUF tensor to write: its name, its shape in torch order, and the parts its rows come from, in order.
+
+    All parts give the same number of rows. `computed` says that a transform makes new values, which
+    it is given and gives as float32; otherwise the stored type is kept.
+    """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    computed: bool = False
 
 
 class Config(dict[str, Any]):
@@ -50,8 +64,8 @@ class Config(dict[str, Any]):
 
     @property
     def n_experts(self) -> int:
-        """Routed experts per layer, under either of transformers' names."""
-        return self.need("num_experts", "num_local_experts")
+        """Routed experts per layer, under any of transformers' names."""
+        return self.need("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,10 +84,14 @@ class Family(ABC):
 
     model_type: str
     """`model_type` in config.json."""
+    aliases: tuple[str, ...] = ()
+    """Other `model_type`s of the same family."""
     gguf_arch: str
     """llama.cpp's architecture name."""
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Suffixes of checkpoint tensors that have no place in a GGUF."""
+
+    def ignores(self, config: Config, tensor: str) -> bool:
+        """Whether a checkpoint tensor has no place in the GGUF, such as draft layers or a vision tower."""
+        return tensor.endswith("rotary_emb.inv_freq")
 
     @abstractmethod
     def check(self, config: Config) -> None:
@@ -96,50 +114,89 @@ class Planner:
         self.where = where
         self.plans: list[TensorPlan] = []
 
-    def add(self, gguf_name: str, tensor: str, *, shape: tuple[int, ...]) -> None:
-        """A tensor that is written as it stands."""
-        self._expect(tensor, shape)
-        self.plans.append(TensorPlan(gguf_name, shape, (Part(tensor),)))
+    def add(
+        self,
+        gguf_name: str,
+        tensor: str,
+        *,
+        shape: tuple[int, ...],
+        transform: Transform | None = None,
+        stored: tuple[int, ...] | None = None,
+        computed: bool = False,
+    ) -> None:
+        """A tensor of `shape`, from one that is stored as `stored` (default: the same) by `transform`."""
+        self.expect(tensor, stored or shape)
+        parts = (Part(tensor, transform=transform),)
+        if transform is None and len(shape) == 3:
+            parts = tuple(Part(tensor, expert=i) for i in range(shape[0]))
+        self.plans.append(TensorPlan(gguf_name, shape, parts, computed))
+
+    def add_rows(self, gguf_name: str, tensor: str, *, rows: tuple[int, int], stored: tuple[int, int]) -> None:
+        """Rows [start, stop) of a matrix that is stored as `stored`."""
+        self.expect(tensor, stored)
+        shape = (rows[1] - rows[0], stored[1])
+        self.plans.append(TensorPlan(gguf_name, shape, (Part(tensor, rows=rows),)))
 
     def add_optional(self, gguf_name: str, tensor: str, *, shape: tuple[int, ...]) -> None:
         """Like `add`, when the checkpoint has the tensor at all."""
         if tensor in self.shapes:
             self.add(gguf_name, tensor, shape=shape)
 
-    def add_attention(self, bid: int, n_embd: int, n_q: int, n_kv: int, head_dim: int) -> None:
-        """A layer's q, k, v and output projections, with the biases and per-head norms the checkpoint has."""
+    def add_attention(
+        self, bid: int, n_embd: int, n_q: int, n_kv: int, head_dim: int, *, interleaved_rope: bool = False
+    ) -> None:
+        """A layer's q, k, v and output projections, with the biases and per-head norms the checkpoint has.
+
+        `interleaved_rope` is for architectures whose rotary embedding llama.cpp applies to neighbouring
+        pairs, where transformers pairs the two halves of a head.
+        """
         hf, out = f"model.layers.{bid}.self_attn", f"blk.{bid}"
         for proj, n_out in (("q", n_q), ("k", n_kv), ("v", n_kv)):
-            self.add(f"{out}.attn_{proj}.weight", f"{hf}.{proj}_proj.weight", shape=(n_out, n_embd))
-            self.add_optional(f"{out}.attn_{proj}.bias", f"{hf}.{proj}_proj.bias", shape=(n_out,))
+            transform = interleave_halves(head_dim) if interleaved_rope and proj != "v" else None
+            weight, bias = f"{hf}.{proj}_proj.weight", f"{hf}.{proj}_proj.bias"
+            self.add(f"{out}.attn_{proj}.weight", weight, shape=(n_out, n_embd), transform=transform)
+            if bias in self.shapes:
+                self.add(f"{out}.attn_{proj}.bias", bias, shape=(n_out,), transform=transform)
         for proj in ("q", "k"):
             self.add_optional(f"{out}.attn_{proj}_norm.weight", f"{hf}.{proj}_norm.weight", shape=(head_dim,))
         self.add(f"{out}.attn_output.weight", f"{hf}.o_proj.weight", shape=(n_embd, n_q))
+        self.add_optional(f"{out}.attn_output.bias", f"{hf}.o_proj.bias", shape=(n_embd,))
 
-    def add_experts(self, bid: int, prefix: str, n_experts: int, n_ff: int, n_embd: int) -> None:
+    def add_experts(
+        self,
+        bid: int,
+        prefix: str,
+        n_experts: int,
+        n_ff: int,
+        n_embd: int,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
         """The gate, up and down stacks of a layer under `prefix`.
 
-        Three checkpoint layouts: `PREFIX.N.gate_proj.weight` one by one; fused
-        `PREFIX.gate_up_proj` [E, 2 n_ff, n_embd], gate first; `PREFIX.down_proj` [E, n_embd, n_ff].
+        Two checkpoint layouts: `PREFIX.N.NAME.weight` one by one, NAME from `names`; fused
+        `PREFIX.gate_up_proj` [E, 2 n_ff, n_embd], gate first, with `PREFIX.down_proj` [E, n_embd, n_ff].
         """
-        shapes = {"gate": (n_ff, n_embd), "up": (n_ff, n_embd), "down": (n_embd, n_ff)}
         fused_gate_up, fused_down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
-        for proj, shape in shapes.items():
+        shapes = {"gate": (n_ff, n_embd), "up": (n_ff, n_embd), "down": (n_embd, n_ff)}
+        for (proj, shape), hf_name in zip(shapes.items(), names, strict=True):
             fused = fused_down if proj == "down" else fused_gate_up
             if fused in self.shapes:
                 height = shape[0] if proj == "down" else 2 * n_ff
-                self._expect(fused, (n_experts, height, shape[1]))
+                self.expect(fused, (n_experts, height, shape[1]))
                 first = n_ff if proj == "up" else 0
-                rows = (first, first + shape[0])
-                parts = tuple(Part(fused, expert=xid, rows=rows) for xid in range(n_experts))
+                parts = [Part(fused, expert=xid, rows=(first, first + shape[0])) for xid in range(n_experts)]
             else:
-                names = [f"{prefix}.{xid}.{proj}_proj.weight" for xid in range(n_experts)]
-                for name in names:
-                    self._expect(name, shape)
-                parts = tuple(Part(name) for name in names)
-            self.plans.append(TensorPlan(f"blk.{bid}.ffn_{proj}_exps.weight", (n_experts, *shape), parts))
+                parts = [Part(f"{prefix}.{xid}.{hf_name}.weight") for xid in range(n_experts)]
+                for part in parts:
+                    self.expect(part.tensor, shape)
+            self.add_stack(bid, proj, (n_experts, *shape), parts)
 
-    def _expect(self, tensor: str, shape: tuple[int, ...]) -> None:
+    def add_stack(self, bid: int, proj: str, shape: tuple[int, int, int], parts: Sequence[Part]) -> None:
+        """An expert stack [E, n_rows, n_cols] with one part per expert; call `expect` for what the parts read."""
+        self.plans.append(TensorPlan(f"blk.{bid}.ffn_{proj}_exps.weight", shape, tuple(parts)))
+
+    def expect(self, tensor: str, shape: tuple[int, ...]) -> None:
+        """SourceError unless the checkpoint has `tensor`, of `shape`."""
         found = self.shapes.get(tensor)
         if found is None:
             raise SourceError(
@@ -149,6 +206,16 @@ class Planner:
             raise SourceError(
                 f"{self.where}: tensor {tensor} has shape {list(found)}, config.json calls for {list(shape)}"
             )
+
+
+def interleave_halves(head_dim: int) -> Transform:
+    """Rows of each head from halves (0, 1, .. d/2, d/2+1 ..) to pairs (0, d/2, 1, d/2+1, ..)."""
+
+    def transform(weight: torch.Tensor) -> torch.Tensor:
+        heads = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
+        return heads.transpose(1, 2).reshape(weight.shape)
+
+    return transform
 
 
 def refuse_variants(config: Config, family: str, refused: Mapping[str, bool]) -> None:

@@ -86,16 +86,23 @@ class Source(ABC):
     """A checkpoint opened for reading; nothing is loaded until rows are asked for.
 
     `tensors` maps GGUF names to shape (torch order) and stored type, in the order they are to be
-    written; `fields` is the metadata a converted file starts from.
+    written; `fields` is the metadata a converted file starts from. `label` is what messages call the
+    source, `name` what files made of it are called.
     """
 
     architecture: str
     """The GGUF architecture name."""
-    fields: list[Field]
     tensors: dict[str, TensorInfo]
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, label: str = "", name: str = "") -> None:
         self.path = path
+        self.label = label or str(path)
+        self.name = name or path.resolve().name
+
+    @property
+    @abstractmethod
+    def fields(self) -> list[Field]:
+        """The metadata; SourceError when it cannot be made, for instance without a tokenizer."""
 
     @abstractmethod
     def _load_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -127,7 +134,7 @@ class Source(ABC):
             if len(info.shape) == 3:
                 where = f"expert {(start + row) // info.shape[1]}, row {(start + row) % info.shape[1]}, column {col}"
             raise WeightError(
-                f"{self.path}: {name} has {int((~finite).sum())} NaN or infinite weights, first at {where}",
+                f"{self.label}: {name} has {int((~finite).sum())} NaN or infinite weights, first at {where}",
                 "the checkpoint is damaged: download it again",
             )
         return rows
@@ -157,11 +164,11 @@ class Source(ABC):
         """SourceError when the model is dense."""
         if not self.stacks and any(_UNSTACKED.match(name) for name in self.tensors):
             raise SourceError(
-                f"{self.path}: one tensor per expert (blk.N.ffn_gate.M.weight), which llama.cpp no longer loads",
+                f"{self.label}: one tensor per expert (blk.N.ffn_gate.M.weight), which llama.cpp no longer loads",
                 "convert the checkpoint to GGUF again with a current convert_hf_to_gguf.py",
             )
         if not self.stacks:
             raise SourceError(
-                f"{self.path}: a dense model: no expert tensors (blk.N.ffn_*_exps.weight) among {len(self.tensors)}",
+                f"{self.label}: a dense model: no expert tensors (blk.N.ffn_*_exps.weight) among {len(self.tensors)}",
                 "alphaq-gguf allocates bits to experts; use llama-quantize for dense models",
             )

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..encode import decode_rows
 from ..errors import SourceError
-from ..gguf_file import Header, TensorInfo, read_header
+from ..gguf_file import Field, Header, TensorInfo, read_header
 from ..qtypes import FLOAT_TYPES, row_bytes
 from .base import Source
 
@@ -29,7 +29,7 @@ class GGUFSource(Source):
         if not isinstance(architecture, str):
             raise SourceError(f"{path}: no general.architecture in its metadata", "this is not a model file")
         self.architecture = architecture
-        self.fields = [field for key, field in first.fields.items() if not key.startswith(_SPLIT_KEYS)]
+        self._fields = [field for key, field in first.fields.items() if not key.startswith(_SPLIT_KEYS)]
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         for file, header in headers.items():
@@ -46,6 +46,10 @@ class GGUFSource(Source):
                 "start from the F32, F16 or BF16 file, or pass --allow-requantize and accept the added error",
             )
         self.require_experts()
+
+    @property
+    def fields(self) -> list[Field]:
+        return self._fields
 
     @property
     def files(self) -> list[Path]:

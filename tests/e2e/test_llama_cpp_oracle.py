@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CORPUS, QWEN2_REGEX, build_moe, write_tokenizer
+from checkpoints import CORPUS, FAMILIES, QWEN2_REGEX, build_moe, write_tokenizer
 from gguf import GGUFReader
 from oracles import convert_with_llama_cpp, quantize_with_llama_cpp
 
@@ -53,20 +53,18 @@ def metadata(path: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"fused": True},
-        {"shards": True, "dtype": "bfloat16"},
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
-        {"family": "Qwen3Moe"},
-        {"family": "Qwen3Moe", "fused": True, "tie_word_embeddings": True},
-    ],
-    ids=["one by one", "fused", "bf16 shards", "rope scaling", "qwen3_moe", "qwen3_moe fused and tied"],
-)
-def test_tensors_and_metadata_equal_those_of_llama_cpps_converter(changes, tmp_path: Path, cli) -> None:
-    source = build_moe(tmp_path / "Tiny-Test-Moe-2B-Instruct-v1.1", **changes)
+LAYOUTS = {
+    **{family: {"family": family} for family in FAMILIES},
+    **{f"{family} fused": {"family": family, "fused": True} for family in FAMILIES},
+    "bf16 shards": {"shards": True, "dtype": "bfloat16"},
+    "rope scaling": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+    "Qwen3Moe fused and tied": {"family": "Qwen3Moe", "fused": True, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_and_metadata_equal_those_of_llama_cpps_converter(layout: str, tmp_path: Path, cli) -> None:
+    source = build_moe(tmp_path / "Tiny-Test-Moe-2B-Instruct-v1.1", **LAYOUTS[layout])
     (source / "README.md").write_text(MODEL_CARD, encoding="utf-8")
     (source / "generation_config.json").write_text('{"temperature": 0.7, "top_k": 20, "top_p": 0.8}', encoding="utf-8")
     theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import build_moe
+from checkpoints import FAMILIES, build_moe
 
 from alphaq_gguf.evaluate.llama import LlamaModel
 
@@ -15,13 +15,11 @@ BOUND = 2e-5
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 390, 48)]
 
 LAYOUTS = {
-    "qwen3_moe": {"family": "Qwen3Moe"},
-    "qwen3_moe fused": {"family": "Qwen3Moe", "fused": True},
-    "qwen3_moe tied": {"family": "Qwen3Moe", "tie_word_embeddings": True},
-    "qwen3_moe with wide heads": {"family": "Qwen3Moe", "head_dim": 128},
-    "one by one": {},
+    **{family: {"family": family} for family in FAMILIES},
+    **{f"{family} fused": {"family": family, "fused": True} for family in FAMILIES},
+    "Qwen3Moe tied": {"family": "Qwen3Moe", "tie_word_embeddings": True},
+    "Qwen3Moe with wide heads": {"family": "Qwen3Moe", "head_dim": 128},
     "sharded": {"shards": True},
-    "fused": {"fused": True},
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},
     "tied embeddings": {"tie_word_embeddings": True},
