@@ -16,9 +16,13 @@ from .strategies import Problem, Unit
 from .tensor_types import Override
 
 
+DEFAULT_CONTEXT = 8192
+
+
 @dataclass(frozen=True)
 class AllocationSettings:
-    """What to allocate. Exactly one of `bpw` (over expert weights) and `size_bytes` (whole file) is given.
+    """What to allocate. Exactly one of `bpw` (over expert weights), `size_bytes` (whole file) and
+    `fit_bytes` (memory for the file, and for what running it at a context of `n_ctx` tokens takes) is given.
 
     `gamma` None asks for the rule 1 / std(ln alpha); `types` restricts the types of expert stacks;
     `overrides` set the types of single tensors.
@@ -26,6 +30,8 @@ class AllocationSettings:
 
     bpw: float | None = None
     size_bytes: int | None = None
+    fit_bytes: int | None = None
+    n_ctx: int = DEFAULT_CONTEXT
     strategy: str = "alphaq"
     gamma: float | None = None
     alpha_reference: str = "all"

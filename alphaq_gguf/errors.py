@@ -29,6 +29,10 @@ class WeightError(SourceError):
     """A tensor holds NaN or infinite values."""
 
 
+class ConnectionLostError(SourceError):
+    """The Hub could not be reached or a download broke off for good; the same command goes on from there."""
+
+
 class BudgetError(AlphaQError):
     """No allocation meets the budget; the hint names the feasible range."""
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .checkpoint import ExpertMatrix, ExpertStack, Source
 from .encode import decode_rows, encode_rows, library_version
 from .errors import AlphaQError
 from .ledger import Ledger, Row, read_ledger
+from .prefetch import prefetch
 from .qtypes import QType
 from .reporter import Reporter, Silent
 
@@ -175,8 +177,8 @@ def measure(
                 note_tiles(alpha_meter.settings, source.stacks, threads, reporter)
             total = sum(m.n_rows * m.n_cols for m in todo)
             with _one_torch_thread(), reporter.task("Measuring experts", total, "weights") as advance:
-                for matrix in todo:
-                    rows = source.read_matrix(matrix)
+                reads = prefetch(partial(source.read_matrix, matrix) for matrix in todo)
+                for matrix, rows in zip(todo, reads, strict=True):
                     for meter in meters:
                         if meter.needs(matrix):
                             meter.measure(matrix, rows)

@@ -16,13 +16,14 @@ from .encode import encode_rows
 from .gguf_file import TensorInfo
 from .layout import Plan, alignment_of, plan_file
 from .measure import AlphaSettings, Measurements, key_of, measure
+from .prefetch import prefetch
 from .qtypes import FLOAT_TYPES
 from .recipe import Recipe, RecipeUnit, check_recipe, load_recipe
 from .reporter import Reporter, Silent
 from .spread import spread_of, warnings_about
 from .strategies import STRATEGIES, Allocation, Problem
 from .tensor_types import choose_types
-from .writer import check_output, prefetch, write_gguf
+from .writer import check_output, write_gguf
 
 __all__ = [
     "AllocationSettings",

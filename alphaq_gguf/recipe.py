@@ -143,7 +143,7 @@ def check_recipe(recipe: Recipe, source: Source, where: str) -> None:
     """AlphaQError unless the recipe was made for `source` and names types its rows can take."""
     if recipe.source != source.fingerprint:
         raise AlphaQError(
-            f"{where}: made for another model: source {recipe.source[:12]}, {source.label} is {source.fingerprint[:12]}",
+            f"{where}: made for another model, {recipe.source[:12]}: {source.label} is {source.fingerprint[:12]}",
             "allocate again for this model",
         )
     expected, found = set(source.tensors), set(recipe.types)

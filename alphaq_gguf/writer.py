@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -182,16 +181,3 @@ def _completed(partial: Path, journal: Path, key: str, header: bytes, tensors: S
 def _discard(partial: Path, journal: Path) -> None:
     partial.unlink(missing_ok=True)
     journal.unlink(missing_ok=True)
-
-
-def prefetch(items: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
-    """Call each item in a background thread one step ahead, so that reading overlaps encoding."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for item in items:
-            following = pool.submit(item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()

@@ -21,6 +21,7 @@ from ..errors import SourceError
 from ..gguf_file import Field, TensorInfo, make_field
 from ..qtypes import QType
 from .base import Source
+from .quantised import check_method, dequantise
 from .shards import TORCH_DTYPES, LocalShard, SafetensorsWeights, Shard, Weights
 
 
@@ -28,7 +29,8 @@ class HuggingFaceSource(Source):
     """Reads a checkpoint directory; the family in `arch/` says which GGUF tensors it becomes.
 
     `shards` are the safetensors files by name where they lie elsewhere, `label` is what messages call
-    the checkpoint and `name` what files made of it are called.
+    the checkpoint and `name` what files made of it are called. Without `with_tokenizer`, `fields` holds
+    the rest and no tokenizer file is looked for.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class HuggingFaceSource(Source):
         shards: Mapping[str, Callable[[], Shard]] | None = None,
         label: str = "",
         name: str = "",
+        with_tokenizer: bool = True,
     ) -> None:
         super().__init__(path, label=label, name=name)
         self.pre_tokenizer = pre_tokenizer
+        self.with_tokenizer = with_tokenizer
         self.config = self._read_config()
         self.family = self._find_family()
         self._weights = self._open_weights(shards)
@@ -58,8 +62,10 @@ class HuggingFaceSource(Source):
     def _open_weights(self, shards: Mapping[str, Callable[[], Shard]] | None) -> Weights:
         if shards is None:
             names = [p.name for p in self.path.iterdir()]
-            return SafetensorsWeights(self.path, self.label, names, lambda name: LocalShard(self.path / name))
-        return SafetensorsWeights(self.path, self.label, shards, lambda name: shards[name]())
+            stored = SafetensorsWeights(self.path, self.label, names, lambda name: LocalShard(self.path / name))
+        else:
+            stored = SafetensorsWeights(self.path, self.label, shards, lambda name: shards[name]())
+        return dequantise(stored, self.config)
 
     def _qtype(self, plan: TensorPlan) -> QType:
         """The type that holds all parts exactly."""
@@ -77,7 +83,8 @@ class HuggingFaceSource(Source):
         writer.add_type(GGUFType.MODEL)
         self._add_description(writer)
         self.family.add_metadata(self.config, writer)
-        add_tokenizer(self.path, self.config.need("vocab_size"), writer, self.pre_tokenizer)
+        if self.with_tokenizer:
+            add_tokenizer(self.path, self.config.need("vocab_size"), writer, self.pre_tokenizer)
         return [
             make_field(key, value.type, value.value, value.sub_type)
             for pairs in writer.kv_data
@@ -113,14 +120,15 @@ class HuggingFaceSource(Source):
 
     def _transformed(self, part: Part, info: TensorInfo) -> torch.Tensor:
         """All rows of a part with a transform; the last one is kept, because rows are asked for in order."""
-        if part is not self._kept[0]:
+        kept = self._kept
+        if part is not kept[0]:
             assert part.transform is not None
             shape = self._weights.shapes[part.tensor]
             shape = shape if part.expert is None else shape[1:]
             whole = self._weights.read(part.tensor, part.expert, 0, shape[0]).reshape(shape)
             rows = part.transform(whole.float() if self._plans[info.name].computed else whole)
-            self._kept = (part, rows.reshape(-1, info.n_cols))
-        return self._kept[1]
+            kept = self._kept = (part, rows.reshape(-1, info.n_cols))
+        return kept[1]
 
     def _read_config(self) -> Config:
         path = self.path / "config.json"
@@ -136,13 +144,7 @@ class HuggingFaceSource(Source):
 
     def _find_family(self) -> Family:
         model_type = self.config.get("model_type")
-        quantised = self.config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-            raise SourceError(
-                f"{self.label}: already quantised ({method}); requantising adds its error to ours",
-                "use the original bf16, f16 or f32 checkpoint",
-            )
+        check_method(self.config, self.path, self.label)
         family = FAMILIES.get(str(model_type))
         if family is not None:
             return family

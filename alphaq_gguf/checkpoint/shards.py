@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..arch.base import read_json
 from ..errors import SourceError
+from ..prefetch import prefetch
 from ..qtypes import QType
 
 INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors$")
+SINGLE = "model.safetensors"
+NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors$")
 _QTYPES = {"F32": QType.F32, "F16": QType.F16, "BF16": QType.BF16}
 TORCH_DTYPES = {QType.F32: torch.float32, QType.F16: torch.float16, QType.BF16: torch.bfloat16}
 # Headers of remote shards are fetched side by side.
@@ -92,8 +93,8 @@ class SafetensorsWeights:
         self._file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         expected = list_shards(directory, where, files)
-        with ThreadPoolExecutor(_PARALLEL_HEADERS) as pool:
-            shards = dict(zip(expected, pool.map(open_shard, expected), strict=True))
+        opened = prefetch((partial(open_shard, file) for file in expected), _PARALLEL_HEADERS)
+        shards = dict(zip(expected, opened, strict=True))
         for file, shard in shards.items():
             names = expected[file] or shard.tensors
             missing = [name for name in names if name not in shard.tensors]
@@ -139,10 +140,10 @@ def list_shards(directory: Path, where: str, files: Iterable[str]) -> dict[str, 
         absent = sorted(file for file in expected if file not in at_hand)
     else:
         single = [file for file in at_hand if file.endswith(".safetensors")]
-        numbered = [match for match in map(_NUMBERED.match, single) if match]
+        numbered = [match for match in map(NUMBERED.match, single) if match]
         counts = {match[2] for match in numbered}
-        if _SINGLE in single:
-            return {_SINGLE: None}
+        if SINGLE in single:
+            return {SINGLE: None}
         if len(counts) == 1:
             (count,) = counts
             names = [f"model-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]

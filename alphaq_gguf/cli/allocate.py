@@ -32,7 +32,7 @@ def command(
     """Spend a bit budget over the expert stacks and save the choice as a recipe for `convert --recipe`."""
     console = shown.console()
     settings = budget.settings(alphas.settings())
-    source = checkpoint.open()
+    source = checkpoint.open(console)
     outputs = [path for path in (output, tensor_type_file) if path is not None]
     if len(outputs) == 2 and outputs[0].resolve() == outputs[1].resolve():
         raise UsageError(f"--output and --tensor-type-file are the same file: {output}")

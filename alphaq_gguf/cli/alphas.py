@@ -31,7 +31,7 @@ def command(
     """Measure how heavy-tailed each expert's weight spectrum is (PL_Alpha_Hill; smaller = heavier tail)."""
     console = shown.console()
     settings = alphas.settings()
-    source = checkpoint.open()
+    source = checkpoint.open(console)
     if output is not None:
         check_output(output, force=shown.force, inputs=source.files)
     found = measure_source(source, settings, reporter=console, **machine.measuring())

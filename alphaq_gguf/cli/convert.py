@@ -53,9 +53,9 @@ def command(
         raise UsageError("--recipe already holds the allocation", "leave out the options of the budget")
     settings = budget.settings(alphas.settings())
     given = load_recipe(recipe) if recipe is not None else None
-    source = checkpoint.open()
+    source = checkpoint.open(console)
     label = f"{budget.bpw:g}bpw" if budget.bpw is not None else budget.size or (recipe.stem if recipe else "")
-    out = output or Path(f"{_stem(checkpoint.source)}-alphaq-{label}.gguf")
+    out = output or Path(f"{_stem(source.name)}-alphaq-{label}.gguf")
     modelfile_path = out.with_name(out.stem + ".Modelfile")
     for path in (out, save_recipe_to, modelfile_path if modelfile else None):
         if path is not None and not dry_run:
@@ -90,8 +90,7 @@ def command(
     console.json(answer)
 
 
-def _stem(source: Path) -> str:
-    name = source.resolve().name
+def _stem(name: str) -> str:
     return re.sub(r"[-_.]?(f32|f16|bf16)?\.gguf$", "", name, flags=re.IGNORECASE) or "model"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,9 +12,10 @@ import typer
 
 from .. import __version__
 from ..console import Console
-from ..errors import AlphaQError
+from ..errors import AlphaQError, ConnectionLostError
 from . import allocate, alphas, convert, inspect, run
 
+INTERRUPTED = 130
 COMMANDS = (convert, alphas, allocate, inspect, run)
 
 app = typer.Typer(
@@ -51,19 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AlphaQError as error:
         if os.environ.get("ALPHAQ_TRACEBACK"):
             raise
-        Console().error(error.message, error.hint)
+        again = shlex.join(["alphaq-gguf", *(sys.argv[1:] if argv is None else argv)])
+        resume = f"run it again to go on from there: {again}" if isinstance(error, ConnectionLostError) else ""
+        Console().error(error.message, error.hint or resume)
         return error.exit_code
     except typer.TyperException as error:
         format_message = getattr(error, "format_message", None)
         Console().error(format_message() if format_message else str(error), "see alphaq-gguf COMMAND --help")
         return getattr(error, "exit_code", 2)
     except (typer.Abort, KeyboardInterrupt):
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe went away, as in `alphaq-gguf inspect FILE | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     code = code if isinstance(code, int) else 0
-    if code == 130:
+    if code == INTERRUPTED:
         Console().error("interrupted", "run the same command again to go on from where it stopped")
     return code

@@ -17,6 +17,7 @@ import typer
 
 from ..checkpoint import Source, open_source
 from ..console import Console
+from ..budget import DEFAULT_CONTEXT
 from ..errors import UsageError
 from ..measure import AlphaSettings, DistortionSettings
 from ..pipeline import AllocationSettings
@@ -26,6 +27,7 @@ from ..strategies import STRATEGIES
 from ..tensor_types import parse_overrides
 
 _BUDGET, _ALPHAS, _OUTPUT, _MACHINE = "Budget and allocation", "Alphas", "Output", "Machine"
+CONTEXT_HELP = "tokens of context the model is to run with."
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*$", re.IGNORECASE)
 
 
@@ -86,9 +88,19 @@ class SourceOptions:
     """The checkpoint, and how to read it."""
 
     source: Annotated[
-        Path,
-        typer.Argument(help="Hugging Face checkpoint directory, or an F32/F16/BF16 GGUF file.", show_default=False),
+        str,
+        typer.Argument(
+            help="Hugging Face checkpoint directory, F32/F16/BF16 GGUF file, or OWNER/NAME on the Hub.",
+            show_default=False,
+        ),
     ]
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a repository on the Hub.", show_default=False)
+    ] = None
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Read a repository's weights from the Hub piece by piece, keeping none on disk."),
+    ] = False
     pre_tokenizer: Annotated[
         str | None,
         typer.Option(help="llama.cpp's pre-tokenizer id, where the tokenizer's regex is unknown.", show_default=False),
@@ -97,8 +109,15 @@ class SourceOptions:
         bool, typer.Option("--allow-requantize", help="Accept a GGUF whose experts are already quantised.")
     ] = False
 
-    def open(self) -> Source:
-        return open_source(self.source, allow_requantize=self.allow_requantize, pre_tokenizer=self.pre_tokenizer)
+    def open(self, console: Console) -> Source:
+        return open_source(
+            self.source,
+            allow_requantize=self.allow_requantize,
+            pre_tokenizer=self.pre_tokenizer,
+            revision=self.revision,
+            stream=self.stream,
+            reporter=console,
+        )
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,18 @@ class BudgetOptions:
         typer.Option(
             help="Size of the whole file, such as 8GiB, 7.5GB or 900MiB.", rich_help_panel=_BUDGET, show_default=False
         ),
+    ] = None
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that the file, its KV cache at --ctx and llama.cpp's buffers must fit into, such as 12GiB.",
+            rich_help_panel=_BUDGET,
+            show_default=False,
+        ),
+    ] = None
+    ctx: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"With --fit: {CONTEXT_HELP} (default: 8192)", rich_help_panel=_BUDGET, show_default=False),
     ] = None
     strategy: Annotated[
         StrategyName,  # pyright: ignore[reportInvalidTypeForm]
@@ -200,20 +231,24 @@ class BudgetOptions:
     @property
     def given(self) -> bool:
         """Whether the user said anything about what is to be allocated."""
-        return any((self.bpw, self.size, self.types, self.tensor_type, self.alphas, self.gamma is not None))
+        return any((self.bpw, self.size, self.fit, self.types, self.tensor_type, self.alphas, self.gamma is not None))
 
     def settings(self, alphas: AlphaSettings) -> AllocationSettings:
         """All texts parsed; UsageError for the first that makes no sense."""
         if self.gamma is not None and not 0 <= self.gamma <= 1000:
             raise UsageError(f"--gamma {self.gamma:g}: expected a number from 0 to 1000")
+        if self.ctx is not None and self.fit is None:
+            raise UsageError("--ctx belongs to --fit", "for example --fit 12GiB --ctx 8192")
         rows = _count_or(self.distortion_rows, ("auto", "all"), "--distortion-rows")
         return AllocationSettings(
             bpw=self.bpw,
-            size_bytes=None if self.size is None else _parse_size(self.size),
+            size_bytes=None if self.size is None else _parse_size(self.size, "--size"),
+            fit_bytes=None if self.fit is None else _parse_size(self.fit, "--fit"),
+            n_ctx=self.ctx or DEFAULT_CONTEXT,
             strategy=self.strategy.value,
             gamma=self.gamma,
             alpha_reference=self.alpha_reference.value,
-            types=_parse_types(self.types),
+            types=parse_types(self.types),
             overrides=tuple(parse_overrides(self.tensor_type or [])),
             alphas=alphas,
             distortion=DistortionSettings(self.distortion.value, rows, alphas.seed),
@@ -271,11 +306,11 @@ class OutputOptions:
         return Console(quiet=self.quiet, as_json=self.json)
 
 
-def _parse_size(text: str) -> int:
+def _parse_size(text: str, option: str) -> int:
     """`8GiB`, `8G` (binary), `7.5GB` (decimal), `123456` -> bytes; UsageError otherwise."""
     match = _SIZE.match(text)
     if not match:
-        raise UsageError(f"--size {text!r} is not a size", "for example --size 8GiB")
+        raise UsageError(f"{option} {text!r} is not a size", f"for example {option} 8GiB")
     number, letter, binary = float(match[1]), (match[2] or "").upper(), match[3]
     decimal = letter and not binary and text.strip().upper().endswith("B")
     return int(number * (1000 if decimal else 1024) ** " KMGT".index(letter or " "))
@@ -288,7 +323,7 @@ def _count_or(text: str, words: tuple[str, ...], option: str) -> str:
     raise UsageError(f"{option} {text!r}: expected a positive number or {' or '.join(words)}")
 
 
-def _parse_types(text: str | None) -> tuple[QType, ...] | None:
+def parse_types(text: str | None) -> tuple[QType, ...] | None:
     """`Q2_K,Q4_K` -> types; UsageError for an unknown one."""
     if text is None:
         return None

@@ -17,7 +17,7 @@ from alphaq_gguf.errors import OutputError
 from alphaq_gguf.gguf_file import TensorInfo, build_header, make_field
 from alphaq_gguf.qtypes import QType
 from alphaq_gguf.reporter import Silent
-from alphaq_gguf.writer import check_output, check_space, prefetch, replacing, write_atomically, write_gguf
+from alphaq_gguf.writer import check_output, check_space, replacing, write_atomically, write_gguf
 
 # Odd sizes, so that every tensor but the last is followed by padding.
 SHAPES = {"a": (3, 5), "b": (2, 3, 64), "c": (7,), "d": (2, 256), "e": (1, 3)}
@@ -305,31 +305,3 @@ def test_a_replacement_appears_whole_or_not_at_all(tmp_path):
 def test_a_text_that_cannot_be_written_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
         write_atomically(tmp_path / "no" / "text", "x")
-
-
-@pytest.mark.parametrize("n_items", [0, 1, 2, 7])
-def test_prefetching_keeps_the_order(n_items):
-    items = (lambda i=i: np.array([i]) for i in range(n_items))
-    assert [int(piece[0]) for piece in prefetch(items)] == list(range(n_items))
-
-
-def test_prefetching_reads_one_step_ahead_and_no_further():
-    calls: list[None] = []
-
-    def read() -> np.ndarray:
-        calls.append(None)
-        return np.zeros(1)
-
-    for i, _ in enumerate(prefetch(read for _ in range(5))):
-        assert i + 1 <= len(calls) <= i + 2
-    assert len(calls) == 5
-
-
-def test_an_error_while_prefetching_reaches_the_reader():
-    def fail() -> np.ndarray:
-        raise OSError("gone")
-
-    pieces = prefetch([lambda: np.zeros(1), fail])
-    next(pieces)
-    with pytest.raises(OSError, match="gone"):
-        next(pieces)
