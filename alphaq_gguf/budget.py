@@ -15,7 +15,6 @@ from .qtypes import QType, bpw, candidates, row_bytes
 from .strategies import Problem, Unit
 from .tensor_types import Override
 
-
 DEFAULT_CONTEXT = 8192
 
 
@@ -71,7 +70,7 @@ def unit_bytes(unit: Unit, qtype: QType) -> int:
 def make_problem(units: tuple[Unit, ...], settings: AllocationSettings, alignment: int) -> Problem:
     """The problem before anything is measured. A budget for the whole file pays for alignment too."""
     qtypes = tuple(sorted({q for unit in units for q in unit.options}, key=bpw))
-    step = 1 if settings.size_bytes is None else alignment
+    step = 1 if settings.bpw is not None else alignment
     size = [[align(unit_bytes(unit, q), step) if q in unit.options else 0 for q in qtypes] for unit in units]
     return Problem(
         units,
@@ -91,27 +90,44 @@ def smallest_choice(problem: Problem) -> np.ndarray:
     return np.where(problem.allowed, problem.size, np.iinfo(np.int64).max).argmin(axis=1)
 
 
-def budget_bytes(settings: AllocationSettings, problem: Problem, overhead: int) -> int:
-    """The bytes expert stacks may take; `overhead` is everything else in the file.
+def size_range(problem: Problem) -> tuple[int, int]:
+    """(least, most) bytes that the units can take."""
+    least = problem.size[np.arange(len(problem.units)), smallest_choice(problem)].sum()
+    return int(least), int(problem.size.max(axis=1).sum())
 
-    UsageError unless exactly one budget is given, BudgetError when it is below what is feasible; its
-    message names the feasible range.
+
+def check_budget(settings: AllocationSettings) -> None:
+    """UsageError unless exactly one budget is given."""
+    if sum(given is not None for given in (settings.bpw, settings.size_bytes, settings.fit_bytes)) != 1:
+        raise UsageError(
+            "give exactly one budget",
+            "--bpw 3.5 (over expert weights), --size 8GiB (whole file) or --fit 12GiB (memory to run it in)",
+        )
+
+
+def budget_bytes(settings: AllocationSettings, problem: Problem, overhead: int, file_limit: int | None) -> int:
+    """The bytes expert stacks may take: within `file_limit` together with `overhead`, else by `settings.bpw`.
+
+    BudgetError when that is below what is feasible; its message names the feasible range.
     """
     n_weights = sum(unit.n_weights for unit in problem.units)
-    rows = np.arange(len(problem.units))
-    least = int(problem.size[rows, smallest_choice(problem)].sum())
-    most = int(problem.size.max(axis=1).sum())
-    if (settings.bpw is None) == (settings.size_bytes is None):
-        raise UsageError("give exactly one budget", "--bpw 3.5 (over expert weights) or --size 8GiB (whole file)")
-    if settings.size_bytes is not None:
-        budget = settings.size_bytes - overhead
-        if budget < least:
+    least, most = size_range(problem)
+    if file_limit is not None:
+        budget = file_limit - overhead
+        if budget >= least:
+            return min(budget, most)
+        smallest, largest = overhead + least, overhead + most
+        if settings.fit_bytes is not None:
+            beside = settings.fit_bytes - file_limit
             raise BudgetError(
-                f"a file of {settings.size_bytes:,} bytes is impossible: "
-                f"feasible are {overhead + least:,} to {overhead + most:,} bytes",
-                f"ask for at least --size {overhead + least}, or allow smaller types with --tensor-type",
+                f"{settings.fit_bytes:,} bytes of memory are too few at a context of {settings.n_ctx}: KV cache and "
+                f"buffers take {beside:,}, the smallest file {smallest:,}",
+                f"allow at least --fit {beside + smallest}, or a shorter --ctx",
             )
-        return min(budget, most)
+        raise BudgetError(
+            f"a file of {file_limit:,} bytes is impossible: feasible are {smallest:,} to {largest:,} bytes",
+            f"ask for at least --size {smallest}, or allow smaller types with --tensor-type",
+        )
     assert settings.bpw is not None
     # A hair more than asked for, so that 3.4375 means all Q3_K in spite of rounding; NaN fails the test.
     wanted = settings.bpw * n_weights / 8 * (1 + 1e-12)

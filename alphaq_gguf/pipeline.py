@@ -10,12 +10,23 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .budget import AllocationSettings, budget_bytes, make_problem, make_units, smallest_choice, unit_bytes
+from .budget import (
+    AllocationSettings,
+    budget_bytes,
+    check_budget,
+    make_problem,
+    make_units,
+    size_range,
+    smallest_choice,
+    unit_bytes,
+)
 from .checkpoint import Source, open_source
 from .encode import encode_rows
+from .forecast import MEMORY_SIZES, Forecast, fit_memory, group_stacks
 from .gguf_file import TensorInfo
 from .layout import Plan, alignment_of, plan_file
 from .measure import AlphaSettings, Measurements, key_of, measure
+from .memory import ContextSettings, MemoryNeed, memory_need
 from .prefetch import prefetch
 from .qtypes import FLOAT_TYPES
 from .recipe import Recipe, RecipeUnit, check_recipe, load_recipe
@@ -31,6 +42,7 @@ __all__ = [
     "Plan",
     "allocate",
     "convert",
+    "forecast",
     "load_recipe",
     "measure_source",
     "open_source",
@@ -44,6 +56,8 @@ _CHUNK_WEIGHTS = 1 << 22
 _SOME_NUMBER = 1.2345678901234567e-05
 # More than the settings of both measurements take in the recipe, which are known only when measuring begins.
 _SETTINGS_BYTES = 1024
+# As long as a real one, where no weights are read.
+_NO_FINGERPRINT = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -97,12 +111,17 @@ def allocate(
     BudgetError, before anything is measured, when no allocation fits; it names the feasible range.
     """
     reporter = reporter or Silent()
+    check_budget(settings)
     strategy = STRATEGIES[settings.strategy]
     tensor_types, fixed = choose_types(source, settings.overrides)
     units = make_units(source.stacks, fixed, settings.types)
     problem = make_problem(units, settings, alignment_of(source))
     base = Recipe(TOOL, source.fingerprint, source.architecture, {}, {}, (), tensor_types)
-    budget = budget_bytes(settings, problem, _overhead(source, base, problem, settings))
+    need = None if settings.fit_bytes is None else _memory_need(source, settings.n_ctx, reporter)
+    file_limit = settings.size_bytes
+    if settings.fit_bytes is not None and need is not None:
+        file_limit = settings.fit_bytes - need.beside_weights
+    budget = budget_bytes(settings, problem, _overhead(source, base, problem, settings), file_limit)
 
     analytic = problem.analytic and "distortions" in strategy.needs
     needs_alphas = "alphas" in strategy.needs or analytic
@@ -124,8 +143,10 @@ def allocate(
     while True:
         recipe = _recipe(base, problem, strategy.allocate(replace(problem, budget=budget)), settings, measured)
         recipe.result["file_bytes"] = plan_file(source, recipe).size
+        if need is not None:
+            recipe.result["memory_bytes"] = recipe.result["file_bytes"] + need.beside_weights
         # The recipe travels in the file's metadata, so its own length can push the file over by a few bytes.
-        excess = 0 if settings.size_bytes is None else recipe.result["file_bytes"] - settings.size_bytes
+        excess = 0 if file_limit is None else recipe.result["file_bytes"] - file_limit
         if excess <= 0:
             return recipe
         budget -= excess
@@ -162,6 +183,45 @@ def convert(
 
     resumed = write_gguf(out, plan.header, plan.tensors, plan.size, produce, reporter)
     return Conversion(out, plan.size, recipe, resumed)
+
+
+def forecast(source: Source, settings: AllocationSettings, n_ctx: int, *, reporter: Reporter | None = None) -> Forecast:
+    """What `source` can become with the types `settings` allow, and what of it runs in how much memory.
+
+    Reads no weights; a budget in `settings` is not looked at.
+    """
+    settings = replace(settings, bpw=None)
+    tensor_types, fixed = choose_types(source, settings.overrides)
+    units = make_units(source.stacks, fixed, settings.types)
+    problem = make_problem(units, settings, alignment_of(source))
+    base = Recipe(TOOL, _NO_FINGERPRINT, source.architecture, {}, {}, (), tensor_types)
+    other = _overhead(source, base, problem, settings) + source.omitted_bytes
+    need = _memory_need(source, n_ctx, reporter or Silent())
+    least, most = size_range(problem)
+    n_expert_weights = sum(unit.n_weights for unit in units)
+    return Forecast(
+        architecture=source.architecture,
+        n_layers=1 + max(stack.bid for stack in source.stacks),
+        n_weights=sum(info.n_weights for info in source.tensors.values()),
+        n_expert_weights=n_expert_weights,
+        groups=group_stacks(source.stacks, settings.types),
+        least_bpw=least * 8 / n_expert_weights,
+        most_bpw=most * 8 / n_expert_weights,
+        least_bytes=other + least,
+        most_bytes=other + most,
+        other_bytes=other,
+        is_estimate=source.omitted_bytes > 0,
+        n_ctx=n_ctx,
+        need=need,
+        fits=fit_memory(problem, other, need, MEMORY_SIZES),
+    )
+
+
+def _memory_need(source: Source, n_ctx: int, reporter: Reporter) -> MemoryNeed:
+    need = memory_need(source.fields, source.tensors, ContextSettings(n_ctx))
+    for note in need.notes:
+        reporter.note(note)
+    return need
 
 
 def _overhead(source: Source, base: Recipe, problem: Problem, settings: AllocationSettings) -> int:
@@ -207,6 +267,8 @@ def _recipe(
         "strategy": settings.strategy,
         "bpw": settings.bpw,
         "size_bytes": settings.size_bytes,
+        "fit_bytes": settings.fit_bytes,
+        "n_ctx": None if settings.fit_bytes is None else settings.n_ctx,
         "gamma": settings.gamma,
         "alpha_reference": settings.alpha_reference,
         "seed": settings.alphas.seed,

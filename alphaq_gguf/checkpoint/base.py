@@ -96,6 +96,8 @@ class Source(ABC):
     architecture: str
     """The GGUF architecture name."""
     tensors: dict[str, TensorInfo]
+    omitted_bytes: int = 0
+    """About how many bytes of metadata `fields` leaves out."""
 
     def __init__(self, path: Path, *, label: str = "", name: str = "") -> None:
         self.path = path

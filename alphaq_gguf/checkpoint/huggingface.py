@@ -24,6 +24,9 @@ from .base import Source
 from .quantised import check_method, dequantise
 from .shards import TORCH_DTYPES, LocalShard, SafetensorsWeights, Shard, Weights
 
+# What a token of the vocabulary takes in the metadata with its type and merge: 39 for Qwen's 151,936.
+_TOKEN_BYTES = 40
+
 
 class HuggingFaceSource(Source):
     """Reads a checkpoint directory; the family in `arch/` says which GGUF tensors it becomes.
@@ -58,6 +61,7 @@ class HuggingFaceSource(Source):
             plan.name: TensorInfo(plan.name, plan.shape, self._qtype(plan)) for plan in self._plans.values()
         }
         self.require_experts()
+        self.omitted_bytes = 0 if with_tokenizer else self.config.need("vocab_size") * _TOKEN_BYTES
 
     def _open_weights(self, shards: Mapping[str, Callable[[], Shard]] | None) -> Weights:
         if shards is None:

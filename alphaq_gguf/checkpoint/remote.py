@@ -28,7 +28,7 @@ _SMALLEST_SPAN = 1 << 21
 # of more in large files, so that there are no more than this many.
 _SMALLEST_BLOCK = 1 << 12
 _BLOCKS = 1 << 17
-_FIRST_READ = 1 << 16
+_FIRST_READ = 1 << 14
 _HEADER_LIMIT = 100_000_000
 _REFUSED = {401, 403}
 

@@ -13,10 +13,10 @@ import typer
 from .. import __version__
 from ..console import Console
 from ..errors import AlphaQError, ConnectionLostError
-from . import allocate, alphas, convert, inspect, run
+from . import allocate, alphas, convert, inspect, plan, run
 
 INTERRUPTED = 130
-COMMANDS = (convert, alphas, allocate, inspect, run)
+COMMANDS = (convert, plan, alphas, allocate, inspect, run)
 
 app = typer.Typer(
     name="alphaq-gguf",

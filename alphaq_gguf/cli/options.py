@@ -15,9 +15,9 @@ from typing import Annotated, Any, get_type_hints
 import platformdirs
 import typer
 
+from ..budget import DEFAULT_CONTEXT
 from ..checkpoint import Source, open_source
 from ..console import Console
-from ..budget import DEFAULT_CONTEXT
 from ..errors import UsageError
 from ..measure import AlphaSettings, DistortionSettings
 from ..pipeline import AllocationSettings
@@ -171,7 +171,9 @@ class BudgetOptions:
     ] = None
     ctx: Annotated[
         int | None,
-        typer.Option(min=1, help=f"With --fit: {CONTEXT_HELP} (default: 8192)", rich_help_panel=_BUDGET, show_default=False),
+        typer.Option(
+            min=1, help=f"With --fit: {CONTEXT_HELP} (default: 8192)", rich_help_panel=_BUDGET, show_default=False
+        ),
     ] = None
     strategy: Annotated[
         StrategyName,  # pyright: ignore[reportInvalidTypeForm]

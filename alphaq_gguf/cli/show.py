@@ -50,3 +50,6 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
     )
     if result.get("file_bytes"):
         console.result(f"File: {format_count(result['file_bytes'], 'bytes')}")
+    if result.get("memory_bytes"):
+        need, ctx = format_count(result["memory_bytes"], "bytes"), recipe.settings.get("n_ctx")
+        console.result(f"Memory to run it at a context of {ctx}: {need}")

@@ -332,3 +332,12 @@ def test_an_interruption_ends_a_stalled_stream_at_once_and_the_same_command_goes
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert digest(out) == expected
+
+
+def test_a_plan_reads_config_and_headers_only(server, model, cli) -> None:
+    code, out, err = cli("plan", REPO)
+    assert code == 0, err
+    assert "about" in out
+    fetched = server.fetched()
+    assert not [file for file in fetched if "token" in file]
+    assert sum(server.fetched(WEIGHTS).values()) <= len(list(model.glob(WEIGHTS))) * (1 << 14)
