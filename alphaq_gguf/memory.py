@@ -275,7 +275,7 @@ def _attention_width(model: _Model, il: int, flash: bool) -> int:
 
 
 def _ffn_width(model: _Model, il: int) -> int:
-    """Float32 values of a token in the FFN: gate, up, their product; `down` where it fits not in the first two."""
+    """Float32 values of a token in the FFN: gate, up, their product; also `down` where it exceeds the first two."""
     used = model.per_layer("expert_used_count", 0)[il]
     widths = [0]
     for name, info in model.blocks[il].items():

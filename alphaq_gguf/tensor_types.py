@@ -17,10 +17,10 @@ Override = tuple[str, QType]
 # biases, convolutions, scalars) stays float, because it is small and its error is not.
 _MATRICES = re.compile(
     r"(blk\.\d+\.(attn_(q|k|v|qkv|output|gate|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)"
-    r"|ffn_(gate|up|down)(_shexp)?|ssm_(in|out))|output)\.weight$"
+    r"|ffn_(gate|up|down)(_shexp)?|ssm_(in|out)|nextn\.(eh_proj|shared_head_head))|output)\.weight$"
 )
-_EMBEDDING = "token_embd.weight"
-_ALWAYS_F32 = re.compile(r"(_norm|ffn_gate_inp|ffn_gate_inp_shexp)\.weight$|\.bias$")
+_EMBEDDING = re.compile(r"(token_embd|blk\.\d+\.nextn\.embed_tokens)\.weight$")
+_ALWAYS_F32 = re.compile(r"(_norm|ffn_gate_inp|ffn_gate_inp_shexp|conv1d)\.weight$|\.bias$")
 
 
 def default_type(info: TensorInfo, *, tied: bool) -> QType:
@@ -34,7 +34,7 @@ def default_type(info: TensorInfo, *, tied: bool) -> QType:
         return info.qtype
     if _stays_float(info):
         return QType.F32
-    if info.name == _EMBEDDING:
+    if _EMBEDDING.match(info.name):
         wanted = QType.Q8_0 if tied else QType.Q6_K
     elif _MATRICES.match(info.name):
         wanted = QType.Q8_0

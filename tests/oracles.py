@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,27 +27,39 @@ def load_tool(name: str):
 
 # The converter knows tokenizers by a hash of one vocabulary; ours are trained on the fly.
 _CONVERT = """
-import sys
-directory, script = sys.argv[1], sys.argv[2]
+import json, runpy, sys
+directory, jobs = sys.argv[1], json.loads(sys.argv[2])
+script = directory + "/convert_hf_to_gguf.py"
 sys.path[:0] = [directory, directory + "/gguf-py"]
 from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
-sys.argv = [script, *sys.argv[3:]]
-import runpy
-runpy.run_path(script, run_name="__main__")
+for pre, arguments in jobs:
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 """
 
 
-def convert_with_llama_cpp(source: Path, out: Path, outtype: str = "f32") -> None:
-    """Convert `source` with llama.cpp's own converter; skips the test when its sources are not at hand."""
-    directory = load_tool("fetch_llama_cpp").oracle_dir()
+def convert_with_llama_cpp(source: Path, out: Path, outtype: str = "f32", pre: str = "qwen2") -> None:
+    """Convert `source` with llama.cpp's own converter, its tokenizer taken for `pre`; skips when it is not at hand."""
+    _run_converter([(pre, [str(source), "--outfile", str(out), "--outtype", outtype])])
+
+
+def convert_vocabularies_with_llama_cpp(jobs: Sequence[tuple[Path, Path, str]]) -> None:
+    """Convert the tokenizers of several (source, out, pre) in one go, metadata only."""
+    _run_converter([(pre, [str(source), "--outfile", str(out), "--vocab-only"]) for source, out, pre in jobs])
+
+
+def llama_cpp_sources() -> Path:
+    """The sources that the installed llama-cpp-python was built from; skips the test when they are not at hand."""
+    directory: Path = load_tool("fetch_llama_cpp").oracle_dir()
     if not directory.is_dir():
-        pytest.skip("llama.cpp's converter is absent: run python tools/fetch_llama_cpp.py")
-    script = directory / "convert_hf_to_gguf.py"
-    command = [sys.executable, "-c", _CONVERT, str(directory), str(script)]
-    done = subprocess.run(
-        [*command, str(source), "--outfile", str(out), "--outtype", outtype], capture_output=True, text=True
-    )
+        pytest.skip("llama.cpp's sources are absent: run python tools/fetch_llama_cpp.py")
+    return directory
+
+
+def _run_converter(jobs: list[tuple[str, list[str]]]) -> None:
+    command = [sys.executable, "-c", _CONVERT, str(llama_cpp_sources()), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -62,6 +62,10 @@ class Config(dict[str, Any]):
                 return self[key]
         raise SourceError(f"{self.where}: no field {keys[0]!r}, which this model family needs")
 
+    def with_defaults(self, values: Mapping[str, Any]) -> Config:
+        """This configuration with `values` for the fields it lacks."""
+        return Config({**values, **self}, self.where)
+
     @property
     def n_experts(self) -> int:
         """Routed experts per layer, under any of transformers' names."""
@@ -96,6 +100,10 @@ class Family(ABC):
     @abstractmethod
     def check(self, config: Config) -> None:
         """Raise SourceError for a configuration llama.cpp's implementation of the family cannot run."""
+
+    def remarks(self, config: Config) -> list[str]:
+        """Where llama.cpp computes a little otherwise than the model, whoever makes the file."""
+        return []
 
     @abstractmethod
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
@@ -143,12 +151,21 @@ class Planner:
             self.add(gguf_name, tensor, shape=shape)
 
     def add_attention(
-        self, bid: int, n_embd: int, n_q: int, n_kv: int, head_dim: int, *, interleaved_rope: bool = False
+        self,
+        bid: int,
+        n_embd: int,
+        n_q: int,
+        n_kv: int,
+        head_dim: int,
+        *,
+        interleaved_rope: bool = False,
+        wide_norms: bool = False,
     ) -> None:
-        """A layer's q, k, v and output projections, with the biases and per-head norms the checkpoint has.
+        """A layer's q, k, v and output projections, with the biases and norms the checkpoint has.
 
         `interleaved_rope` is for architectures whose rotary embedding llama.cpp applies to neighbouring
-        pairs, where transformers pairs the two halves of a head.
+        pairs, where transformers pairs the two halves of a head. `wide_norms` says that q and k are
+        normalised over all their heads at once, not head by head.
         """
         hf, out = f"model.layers.{bid}.self_attn", f"blk.{bid}"
         for proj, n_out in (("q", n_q), ("k", n_kv), ("v", n_kv)):
@@ -157,8 +174,9 @@ class Planner:
             self.add(f"{out}.attn_{proj}.weight", weight, shape=(n_out, n_embd), transform=transform)
             if bias in self.shapes:
                 self.add(f"{out}.attn_{proj}.bias", bias, shape=(n_out,), transform=transform)
-        for proj in ("q", "k"):
-            self.add_optional(f"{out}.attn_{proj}_norm.weight", f"{hf}.{proj}_norm.weight", shape=(head_dim,))
+        for proj, n_out in (("q", n_q), ("k", n_kv)):
+            width = n_out if wide_norms else head_dim
+            self.add_optional(f"{out}.attn_{proj}_norm.weight", f"{hf}.{proj}_norm.weight", shape=(width,))
         self.add(f"{out}.attn_output.weight", f"{hf}.o_proj.weight", shape=(n_embd, n_q))
         self.add_optional(f"{out}.attn_output.bias", f"{hf}.o_proj.bias", shape=(n_embd,))
 
@@ -190,6 +208,16 @@ class Planner:
                 for part in parts:
                     self.expect(part.tensor, shape)
             self.add_stack(bid, proj, (n_experts, *shape), parts)
+
+    def add_mlp(self, bid: int, prefix: str, n_ff: int, n_embd: int, suffix: str = "") -> None:
+        """A gated feed-forward block under `prefix`: a dense layer's or, with suffix `_shexp`, the shared experts'."""
+        for proj, shape in (("gate", (n_ff, n_embd)), ("up", (n_ff, n_embd)), ("down", (n_embd, n_ff))):
+            self.add(f"blk.{bid}.ffn_{proj}{suffix}.weight", f"{prefix}.{proj}_proj.weight", shape=shape)
+
+    def add_constant(self, gguf_name: str, values: torch.Tensor, tensor: str) -> None:
+        """A vector that config.json tells; it is read off `tensor`, any small one, only to have a source."""
+        part = Part(tensor, transform=lambda _: values)
+        self.plans.append(TensorPlan(gguf_name, tuple(values.shape), (part,), computed=True))
 
     def add_stack(self, bid: int, proj: str, shape: tuple[int, int, int], parts: Sequence[Part]) -> None:
         """An expert stack [E, n_rows, n_cols] with one part per expert; call `expect` for what the parts read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -96,6 +96,8 @@ class Source(ABC):
     architecture: str
     """The GGUF architecture name."""
     tensors: dict[str, TensorInfo]
+    remarks: Sequence[str] = ()
+    """Where llama.cpp is known to compute otherwise than the model."""
     omitted_bytes: int = 0
     """About how many bytes of metadata `fields` leaves out."""
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from gguf import GGUFType, GGUFWriter, Metadata, size_label
 
-from ..arch import FAMILIES, Config, Family, Part, TensorPlan
+from ..arch import FAMILIES, UNFIT, Config, Family, Part, TensorPlan
 from ..arch.base import read_json
 from ..arch.tokenizer import add_tokenizer
 from ..errors import SourceError
@@ -54,6 +54,7 @@ class HuggingFaceSource(Source):
         self._weights = self._open_weights(shards)
         self._kept: tuple[Part | None, torch.Tensor] = (None, torch.empty(0))
         self.family.check(self.config)
+        self.remarks = self.family.remarks(self.config)
         self._plans = {plan.name: plan for plan in self.family.plan_tensors(self.config, self._weights.shapes)}
         self._refuse_leftovers()
         self.architecture = self.family.gguf_arch
@@ -152,6 +153,8 @@ class HuggingFaceSource(Source):
         family = FAMILIES.get(str(model_type))
         if family is not None:
             return family
+        if model_type in UNFIT:
+            raise SourceError(f"{self.label}: model family {model_type!r}: {UNFIT[model_type]}")
         if not any("expert" in key for key in self.config):
             raise SourceError(
                 f"{self.label}: model_type {model_type!r} is a dense model: config.json names no experts",

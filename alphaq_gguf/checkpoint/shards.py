@@ -18,7 +18,7 @@ from ..qtypes import QType
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors$")
+NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors$")
 _QTYPES = {"F32": QType.F32, "F16": QType.F16, "BF16": QType.BF16}
 TORCH_DTYPES = {QType.F32: torch.float32, QType.F16: torch.float16, QType.BF16: torch.bfloat16}
 # Headers of remote shards are fetched side by side.
@@ -146,7 +146,8 @@ def list_shards(directory: Path, where: str, files: Iterable[str]) -> dict[str, 
             return {SINGLE: None}
         if len(counts) == 1:
             (count,) = counts
-            names = [f"model-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+            width = len(numbered[0][1])
+            names = [f"model-{number:0{width}d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
             expected = dict.fromkeys(names)
             absent = [name for name in names if name not in single]
         elif single:

@@ -110,7 +110,8 @@ class SourceOptions:
     ] = False
 
     def open(self, console: Console) -> Source:
-        return open_source(
+        """The source, with a warning for each way in which llama.cpp is known to compute otherwise."""
+        source = open_source(
             self.source,
             allow_requantize=self.allow_requantize,
             pre_tokenizer=self.pre_tokenizer,
@@ -118,6 +119,9 @@ class SourceOptions:
             stream=self.stream,
             reporter=console,
         )
+        for remark in source.remarks:
+            console.warn(remark)
+        return source
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,8 @@ class LlamaModel:
     """A GGUF loaded by llama.cpp on the CPU (or `gpu_layers` of it on a GPU).
 
     `exact` selects the numerical protocol for comparisons with float references: f32 KV cache, no
-    flash attention. AlphaQError carries llama.cpp's own reason when the file does not load.
+    flash attention. Without `all_logits` it runs as llama-cli does: flash attention, and no more of the
+    KV cache than sliding windows need. AlphaQError carries llama.cpp's own reason when the file does not load.
     """
 
     def __init__(
@@ -53,19 +55,21 @@ class LlamaModel:
         errors.clear()
         kv_type: dict[str, Any] = {"type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32} if exact else {}
         try:
-            self.llm: Any = llama_cpp.Llama(
-                str(path),
-                n_ctx=n_ctx,
-                n_batch=min(n_ctx, 512),
-                n_threads=threads,
-                n_threads_batch=threads,
-                logits_all=all_logits,
-                n_gpu_layers=gpu_layers,
-                flash_attn=False,
-                seed=seed,
-                verbose=False,
-                **kv_type,
-            )
+            with _weights_as_stored():
+                self.llm: Any = llama_cpp.Llama(
+                    str(path),
+                    n_ctx=n_ctx,
+                    n_batch=min(n_ctx, 512),
+                    n_threads=threads,
+                    n_threads_batch=threads,
+                    logits_all=all_logits,
+                    n_gpu_layers=gpu_layers,
+                    flash_attn=not all_logits,
+                    swa_full=all_logits,
+                    seed=seed,
+                    verbose=False,
+                    **kv_type,
+                )
         except (ValueError, AssertionError) as error:
             reasons = [line for line in errors if "failed to load model" not in line] or [str(error)]
             raise AlphaQError(f"{path}: llama.cpp cannot load it: {reasons[0]}") from None
@@ -151,6 +155,29 @@ class LlamaModel:
             stream = self.llm.create_completion(prompt, max_tokens=max_tokens, temperature=temperature, stream=True)
             for chunk in stream:
                 yield chunk["choices"][0]["text"]
+
+
+@contextmanager
+def _weights_as_stored() -> Iterator[None]:
+    """Keep llama.cpp from repacking weights for the processor while a model loads.
+
+    Repacked weights round differently on each machine, and the AMX ones crash where a virtual machine
+    shows the instructions and lacks them, and abort on latent attention. `Llama` has no parameter for it.
+    """
+    import llama_cpp.llama_cpp as library
+
+    make_defaults = library.llama_model_default_params
+
+    def make_params() -> Any:
+        params = make_defaults()
+        params.use_extra_bufts = False
+        return params
+
+    library.llama_model_default_params = make_params
+    try:
+        yield
+    finally:
+        library.llama_model_default_params = make_defaults
 
 
 @cache

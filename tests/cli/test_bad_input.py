@@ -141,6 +141,11 @@ def test_unsupported_family_lists_the_supported_ones_and_the_gguf_route(refused,
     assert "convert_hf_to_gguf.py" in line
 
 
+def test_a_family_that_llama_cpp_computes_otherwise_is_refused_with_the_reason(refused, tiny_copy: Path) -> None:
+    change_config(tiny_copy, model_type="phimoe")
+    assert "llama.cpp computes another model: RMS norms" in refused("convert", tiny_copy, "--bpw", 4)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
