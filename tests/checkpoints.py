@@ -23,10 +23,8 @@ QWEN2_REGEX = (
 )
 
 
-def write_tokenizer(
-    directory: Path, vocab_size: int = 400, regex: str | None = QWEN2_REGEX, special: Sequence[str] = ()
-) -> None:
-    """A byte-level BPE tokenizer with a splitting regex (None: GPT-2's) and ChatML, trained on a few sentences.
+def write_tokenizer(directory: Path, vocab_size: int = 400, special: Sequence[str] = ()) -> None:
+    """A byte-level BPE tokenizer that splits as Qwen's does and speaks ChatML, trained on a few sentences.
 
     `special` are more special tokens.
     """
@@ -34,9 +32,9 @@ def write_tokenizer(
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
-    split = [] if regex is None else [pre_tokenizers.Split(Regex(regex), "isolated")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+    split = pre_tokenizers.Split(Regex(QWEN2_REGEX), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 8,
@@ -52,6 +50,7 @@ def write_tokenizer(
         "pad_token": "<|endoftext|>",
         "bos_token": None,
         "unk_token": None,
+        "add_prefix_space": False,
         "model_max_length": 512,
         "chat_template": "{% for m in messages %}"
         "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

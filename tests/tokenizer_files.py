@@ -16,7 +16,8 @@ from checkpoints import CORPUS, ROOT
 from gguf import GGUFReader, GGUFWriter, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from alphaq_gguf.arch.tokenizer import TokenizerRules, add_tokenizer
+from alphaq_gguf.arch.base import TokenizerRules
+from alphaq_gguf.arch.tokenizer import add_tokenizer
 from alphaq_gguf.evaluate.llama import _collect_errors
 
 AWKWARD = [

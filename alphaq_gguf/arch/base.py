@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+@dataclass(frozen=True)
+class TokenizerRules:
+    """What a model family knows of its tokenizers beyond their files; most need nothing.
+
+    `special`: tokens, by kind (bos, eos, eot, eom, unk, sep, pad), that count where no file names one and the
+    vocabulary has them. `preferred`: names to choose where several of llama.cpp's pre-tokenizers split alike.
+    `space_prefix`: tokenizer_config.json's `add_prefix_space` is written down, whatever the tokenizer.
+    """
+
+    special: Mapping[str, str] = field(default_factory=dict)
+    preferred: tuple[str, ...] = ()
+    space_prefix: bool = False
+
+
 class Family(ABC):
     """One model family: which GGUF tensors and metadata its checkpoints become."""
 
@@ -92,6 +106,7 @@ class Family(ABC):
     """Other `model_type`s of the same family."""
     gguf_arch: str
     """llama.cpp's architecture name."""
+    tokenizer = TokenizerRules()
 
     def ignores(self, config: Config, tensor: str) -> bool:
         """Whether a checkpoint tensor has no place in the GGUF, such as draft layers or a vision tower."""

@@ -7,12 +7,13 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .base import Config, Family, Planner, Shapes, TensorPlan, add_common_metadata, refuse_variants
+from .base import Config, Family, Planner, Shapes, TensorPlan, TokenizerRules, add_common_metadata, refuse_variants
 
 
 class Ernie45Moe(Family):
     model_type = "ernie4_5_moe"
     gguf_arch = "ernie4_5-moe"
+    tokenizer = TokenizerRules(space_prefix=True)
     defaults: Mapping[str, Any] = {
         "moe_k": 6,
         "moe_layer_end_index": -1,

@@ -7,7 +7,7 @@ from typing import Any
 
 from gguf import ExpertGatingFuncType, GGUFWriter
 
-from .base import Config, Family, Planner, Shapes, TensorPlan, add_common_metadata, refuse_variants
+from .base import Config, Family, Planner, Shapes, TensorPlan, TokenizerRules, add_common_metadata, refuse_variants
 from .deepseek_v2 import add_router_metadata
 from .deepseek_v3 import refused_groups
 
@@ -15,6 +15,10 @@ from .deepseek_v3 import refused_groups
 class Glm4Moe(Family):
     model_type = "glm4_moe"
     gguf_arch = "glm4moe"
+    tokenizer = TokenizerRules(
+        special={"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"},
+        preferred=("glm4",),
+    )
     defaults: Mapping[str, Any] = {
         "first_k_dense_replace": 1,
         "n_group": 1,

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from gguf import GGUFWriter
 
-from .base import Config, Family, Part, Planner, Shapes, TensorPlan, add_common_metadata, refuse_variants
+from .base import (
+    Config,
+    Family,
+    Part,
+    Planner,
+    Shapes,
+    TensorPlan,
+    TokenizerRules,
+    add_common_metadata,
+    refuse_variants,
+)
 
 _MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -17,6 +27,7 @@ class GraniteMoe(Family):
     model_type = "granitemoe"
     aliases = ("granitemoeshared",)
     gguf_arch = "granitemoe"
+    tokenizer = TokenizerRules(space_prefix=True)
 
     def check(self, config: Config) -> None:
         hidden, heads = config.need("hidden_size"), config.need("num_attention_heads")

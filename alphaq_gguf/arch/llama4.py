@@ -7,7 +7,17 @@ import math
 import torch
 from gguf import GGUFWriter
 
-from .base import Config, Family, Part, Planner, Shapes, TensorPlan, add_common_metadata, refuse_variants
+from .base import (
+    Config,
+    Family,
+    Part,
+    Planner,
+    Shapes,
+    TensorPlan,
+    TokenizerRules,
+    add_common_metadata,
+    refuse_variants,
+)
 
 # What llama.cpp's implementation takes for granted: the window of chunked attention and of temperature
 # tuning, every fourth layer without rotary embedding, and which model has no norm of queries and keys.
@@ -20,6 +30,7 @@ class Llama4(Family):
     model_type = "llama4_text"
     aliases = ("llama4",)
     gguf_arch = "llama4"
+    tokenizer = TokenizerRules(preferred=("llama4",))
 
     def ignores(self, config: Config, tensor: str) -> bool:
         return tensor.startswith(("vision_model.", "multi_modal_projector.")) or super().ignores(config, tensor)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from gguf import GGUFWriter
 
-from .base import Config, Family, Planner, Shapes, TensorPlan, add_common_metadata, refuse_variants
+from .base import Config, Family, Planner, Shapes, TensorPlan, TokenizerRules, add_common_metadata, refuse_variants
 
 
 class Mixtral(Family):
     model_type = "mixtral"
     gguf_arch = "llama"
+    tokenizer = TokenizerRules(space_prefix=True)
 
     def check(self, config: Config) -> None:
         window = config.get("sliding_window")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from gguf import GGUFWriter
 
-from .base import Config, Family, Planner, Shapes, TensorPlan, add_common_metadata, refuse_variants
+from .base import Config, Family, Planner, Shapes, TensorPlan, TokenizerRules, add_common_metadata, refuse_variants
 
 
 class Olmoe(Family):
     model_type = "olmoe"
     gguf_arch = "olmoe"
+    tokenizer = TokenizerRules(preferred=("olmo",))
 
     def check(self, config: Config) -> None:
         hidden, heads = config.need("hidden_size"), config.need("num_attention_heads")

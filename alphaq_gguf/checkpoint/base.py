@@ -96,8 +96,6 @@ class Source(ABC):
     architecture: str
     """The GGUF architecture name."""
     tensors: dict[str, TensorInfo]
-    remarks: Sequence[str] = ()
-    """Where llama.cpp is known to compute otherwise than the model."""
     omitted_bytes: int = 0
     """About how many bytes of metadata `fields` leaves out."""
 
@@ -110,6 +108,11 @@ class Source(ABC):
     @abstractmethod
     def fields(self) -> list[Field]:
         """The metadata; SourceError when it cannot be made, for instance without a tokenizer."""
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Where llama.cpp is known to compute otherwise than the model."""
+        return ()
 
     @abstractmethod
     def _load_rows(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -40,6 +40,7 @@ DESCRIPTION = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TEMPLATES = "additional_chat_templates/"
 _HASH_CHUNK = 1 << 22
 # A request that brings nothing new is repeated this often, each time after twice the wait.
 TRIES = 7
@@ -61,7 +62,7 @@ class RepoFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository at one commit, found under `revision`, with the files of its top folder by name."""
+    """A model repository at one commit, found under `revision`, with the files a conversion may read, by name."""
 
     repo_id: str
     revision: str | None
@@ -93,7 +94,7 @@ def find_repository(repo_id: str, revision: str | None) -> Repository:
     files = {
         entry.rfilename: RepoFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None)
         for entry in info.siblings or []
-        if "/" not in entry.rfilename
+        if "/" not in entry.rfilename or entry.rfilename.startswith(_TEMPLATES)
     }
     if not info.sha:
         raise SourceError(f"{repo_id}: the Hub names no commit", "try again")
@@ -121,7 +122,7 @@ def needs_index(names: Iterable[str]) -> bool:
     return INDEX in names and SINGLE not in names and not any(map(NUMBERED.match, names))
 
 
-def fetch_description(repository: Repository, wanted: Iterable[str], reporter: Reporter) -> Path:
+def fetch_description(repository: Repository, wanted: tuple[str, ...], reporter: Reporter) -> Path:
     """Download those of the `wanted` small files that exist, and the shard index where it is needed."""
     # Asked for by its branch, so that the cache knows what the branch stood for when there is no network.
     with explained(repository.repo_id, repository.revision, CONFIG[0]):
@@ -130,7 +131,7 @@ def fetch_description(repository: Repository, wanted: Iterable[str], reporter: R
                 repository.repo_id, CONFIG[0], revision=repository.revision, tqdm_class=_bar(lambda _: None)
             )  # pyright: ignore[reportCallIssue, reportArgumentType]
         )
-    names = [name for name in wanted if name in repository.files]
+    names = [name for name in repository.files if name in wanted or (wanted != CONFIG and name.startswith(_TEMPLATES))]
     if needs_index(repository.files):
         names.append(INDEX)
     return download(repository, names, reporter)
@@ -151,7 +152,7 @@ def download(repository: Repository, names: Iterable[str], reporter: Reporter) -
         for file in files:
             with explained(repository.repo_id, repository.commit, file.name):
                 path = persist(lambda file=file: _download_file(repository, file.name, advance))
-            directory = Path(path).parent
+            directory = Path(path).parents[file.name.count("/")]
             if file in missing:
                 _verify(repository, file, Path(path))
     return directory

@@ -52,9 +52,9 @@ class HuggingFaceSource(Source):
         self.config = self._read_config()
         self.family = self._find_family()
         self._weights = self._open_weights(shards)
+        self._tokenizer_remarks: list[str] = []
         self._kept: tuple[Part | None, torch.Tensor] = (None, torch.empty(0))
         self.family.check(self.config)
-        self.remarks = self.family.remarks(self.config)
         self._plans = {plan.name: plan for plan in self.family.plan_tensors(self.config, self._weights.shapes)}
         self._refuse_leftovers()
         self.architecture = self.family.gguf_arch
@@ -81,6 +81,12 @@ class HuggingFaceSource(Source):
     def fields(self) -> list[Field]:
         return self._fields
 
+    @property
+    def remarks(self) -> list[str]:
+        """What the family and its tokenizer are known to differ in; needs the tokenizer as `fields` does."""
+        assert self.fields
+        return self.family.remarks(self.config) + self._tokenizer_remarks
+
     @cached_property
     def _fields(self) -> list[Field]:
         """The metadata llama.cpp's own converter writes: general, hyper-parameters, tokenizer."""
@@ -89,7 +95,8 @@ class HuggingFaceSource(Source):
         self._add_description(writer)
         self.family.add_metadata(self.config, writer)
         if self.with_tokenizer:
-            add_tokenizer(self.path, self.config.need("vocab_size"), writer, self.pre_tokenizer)
+            n_vocab, rules = self.config.need("vocab_size"), self.family.tokenizer
+            self._tokenizer_remarks = add_tokenizer(self.path, n_vocab, writer, self.pre_tokenizer, rules)
         return [
             make_field(key, value.type, value.value, value.sub_type)
             for pairs in writer.kv_data

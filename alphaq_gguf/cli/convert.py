@@ -54,7 +54,9 @@ def command(
     settings = budget.settings(alphas.settings())
     given = load_recipe(recipe) if recipe is not None else None
     source = checkpoint.open(console)
-    label = f"{budget.bpw:g}bpw" if budget.bpw is not None else budget.size or (recipe.stem if recipe else "")
+    label = (
+        f"{budget.bpw:g}bpw" if budget.bpw is not None else budget.size or budget.fit or (recipe.stem if recipe else "")
+    )
     out = output or Path(f"{_stem(source.name)}-alphaq-{label}.gguf")
     modelfile_path = out.with_name(out.stem + ".Modelfile")
     for path in (out, save_recipe_to, modelfile_path if modelfile else None):

@@ -235,6 +235,11 @@ class BudgetOptions:
     ] = "auto"
 
     @property
+    def label(self) -> str:
+        """The budget as it appears in file names."""
+        return f"{self.bpw:g}bpw" if self.bpw is not None else self.size or self.fit or ""
+
+    @property
     def given(self) -> bool:
         """Whether the user said anything about what is to be allocated."""
         return any((self.bpw, self.size, self.fit, self.types, self.tensor_type, self.alphas, self.gamma is not None))

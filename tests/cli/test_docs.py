@@ -53,3 +53,10 @@ def test_ci_runs_exactly_the_readmes_test_command() -> None:
     commands = [line for line in Path(ROOT / ".ci/run").read_text().splitlines() if line.startswith("make")]
     assert commands == ["make test"]
     assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_model_family_is_in_the_documentation():
+    from alphaq_gguf.arch import FAMILIES, UNFIT
+
+    text = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
+    assert [name for name in (*FAMILIES, *UNFIT) if f"`{name}`" not in text] == []

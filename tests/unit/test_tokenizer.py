@@ -21,7 +21,7 @@ from tokenizer_files import (
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from alphaq_gguf.arch.tokenizer import TokenizerRules
+from alphaq_gguf.arch.base import TokenizerRules
 from alphaq_gguf.arch.tokenizer.bpe import find_unmergeable
 from alphaq_gguf.arch.tokenizer.patterns import derive_pre_tokenizer
 from alphaq_gguf.errors import SourceError
@@ -60,6 +60,10 @@ def test_spellings_of_one_splitting() -> None:
     for other in ({**split, "behavior": "Removed"}, {**split, "behavior": "MergedWithNext"}, {"type": "Whitespace"}):
         assert derive({"type": "Sequence", "pretokenizers": [other, byte_level]}) is None
     assert derive({"type": "Sequence", "pretokenizers": [split, {**byte_level, "add_prefix_space": True}]}) is None
+    digits, *rest = PRE_TOKENIZERS["deepseek-v3"]["pre_tokenizer"]["pretokenizers"]
+    assert derive({"type": "Sequence", "pretokenizers": [digits, *rest]}) == "deepseek-v3"
+    lossy = {**digits, "behavior": "Removed", "invert": True}
+    assert derive({"type": "Sequence", "pretokenizers": [lossy, *rest]}) is None
     assert derive({}) is None
 
 
@@ -135,6 +139,7 @@ def test_damaged_json(directory: Path, name: str, content: bytes) -> None:
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b c"]}},
         {"added_tokens": [{"content": "<x>"}]},
         {"added_tokens": ["<x>"]},
+        {"pre_tokenizer": "ByteLevel"},
     ],
 )
 def test_a_tokenizer_json_that_holds_something_else(directory: Path, changes: dict[str, Any]) -> None:

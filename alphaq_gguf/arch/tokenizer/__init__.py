@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from gguf import GGUFWriter
 
 from ...errors import SourceError
+from ..base import TokenizerRules
 from .bpe import add_byte_level
 from .files import TokenizerFiles
 from .patterns import ADDS_BOS, is_byte_level
@@ -16,21 +15,7 @@ from .special import add_special_tokens
 from .spm import UNSUPPORTED, add_byte_fallback, add_sentencepiece
 from .vocabulary import Vocabulary
 
-__all__ = ["TokenizerRules", "add_tokenizer"]
-
-
-@dataclass(frozen=True)
-class TokenizerRules:
-    """What a model family knows of its tokenizers beyond their files; most need nothing.
-
-    `special`: tokens, by kind (bos, eos, eot, eom, unk, sep, pad), that count where no file names one and the
-    vocabulary has them. `preferred`: names to choose where several of llama.cpp's pre-tokenizers split alike.
-    `space_prefix`: tokenizer_config.json's `add_prefix_space` is written down, whatever the tokenizer.
-    """
-
-    special: Mapping[str, str] = field(default_factory=dict)
-    preferred: tuple[str, ...] = ()
-    space_prefix: bool = False
+__all__ = ["add_tokenizer"]
 
 
 def add_tokenizer(

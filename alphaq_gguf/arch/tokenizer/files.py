@@ -143,12 +143,19 @@ def _parse(path: Path, data: dict[str, Any]) -> FastTokenizer:
             merges=[_pair(merge) for merge in model["merges"]] if _is_bpe(model) else [],
             model=model,
             added={int(entry["id"]): _added_token(entry) for entry in data.get("added_tokens") or ()},
-            normalizer=data.get("normalizer") or {},
-            pre_tokenizer=data.get("pre_tokenizer") or {} if path.name == "tokenizer.json" else None,
-            post_processor=data.get("post_processor") or {},
+            normalizer=_node(data, "normalizer"),
+            pre_tokenizer=_node(data, "pre_tokenizer") if path.name == "tokenizer.json" else None,
+            post_processor=_node(data, "post_processor"),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SourceError(f"{path}: not a tokenizer: {type(error).__name__} {error}", DAMAGED) from None
+
+
+def _node(data: dict[str, Any], key: str) -> dict[str, Any]:
+    node = data.get(key) or {}
+    if not isinstance(node, dict):
+        raise TypeError(f"{key} is no object")
+    return node
 
 
 def _is_bpe(model: dict[str, Any]) -> bool:

@@ -80,7 +80,7 @@ _NAMES = {
     tuple(map(_canonical, regexes)): names
     for regexes, names in {
         (GPT2,): ("gpt-2", "olmo"),
-        (DIGIT, GPT2): ("refact", "starcoder", "smollm"),
+        (DIGIT, GPT2): ("refact",),
         (QWEN2,): ("qwen2",),
         (QWEN35,): ("qwen35",),
         (CL100K,): ("llama-bpe", "dbrx", "glm4"),
@@ -140,8 +140,9 @@ def _regex(step: dict[str, Any]) -> str | None:
             return GPT2 if step.get("use_regex", True) else ""
         case {"type": "Digits"}:
             return DIGIT if step.get("individual_digits") else DIGITS
-        # Keeping matches only is isolating them, as these regexes leave nothing unmatched.
-        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": behaviour}:
-            kept = (behaviour, bool(step.get("invert"))) in {("Isolated", False), ("Removed", True)}
-            return _canonical(regex) if kept else None
+        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False}:
+            return _canonical(regex)
+        # Dropping what does not match is isolating matches, where a regex leaves nothing unmatched.
+        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True}:
+            return _canonical(regex) if regex.endswith(r"|\s+") else None
     return None
