@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,9 +146,9 @@ def download(repository: Repository, names: Iterable[str], reporter: Reporter) -
     files = [repository.files[name] for name in names]
     missing = [file for file in files if not _cached(repository, file.name)]
     _check_space(repository, missing)
-    total = sum(file.size for file in missing)
     directory = Path()
-    with reporter.task(f"Downloading {repository.label}", total, "bytes") as advance:
+    task = reporter.task(f"Downloading {repository.label}", sum(file.size for file in missing), "bytes")
+    with task if missing else nullcontext(lambda _: None) as advance:
         for file in files:
             with explained(repository.repo_id, repository.commit, file.name):
                 path = persist(lambda file=file: _download_file(repository, file.name, advance))

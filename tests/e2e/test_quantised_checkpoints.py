@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import build_moe
 from gguf import GGUFReader
+from hub_server import HubServer
 from oracles import convert_with_llama_cpp
 from safetensors.torch import load_file, save_file
 
@@ -231,3 +232,23 @@ def test_an_mxfp4_scale_of_nan_is_refused_by_its_place(tmp_path: Path, cli) -> N
     code, _, err = cli("convert", source, "-o", tmp_path / "out.gguf", "--bpw", 4, "--quiet")
     assert code == 1
     assert "blk.1.ffn_down_exps.weight has 32 NaN or infinite weights, first at expert 2, row 7, column 96" in err
+
+
+@pytest.mark.parametrize("layout", ["fp8", "fp8 fused", "mxfp4"])
+def test_a_quantised_checkpoint_streams_as_it_reads_from_disk(layout: str, tmp_path: Path, cli, monkeypatch) -> None:
+    if layout == "mxfp4":
+        source = write_mxfp4(build_moe(tmp_path / "model", "GptOss", fused=True, dtype="bfloat16"))
+    else:
+        source = write_fp8(
+            build_moe(tmp_path / "model", "Qwen3Moe", fused="fused" in layout, moe_intermediate_size=352)
+        )
+    local, streamed = tmp_path / "local.gguf", tmp_path / "streamed.gguf"
+    assert cli("convert", source, "-o", local, "--bpw", 5.2, "--strategy", "mse")[0] == 0
+    with HubServer() as server:
+        server.add_repo("tiny/model", source)
+        server.patch(monkeypatch, tmp_path / "cache")
+        own_cache = ("--cache-dir", tmp_path / "measured")
+        arguments = ("--bpw", 5.2, "--strategy", "mse", "--stream", *own_cache)
+        code, _, err = cli("convert", "tiny/model", "-o", streamed, *arguments)
+    assert code == 0, err
+    assert streamed.read_bytes() == local.read_bytes()
