@@ -187,6 +187,39 @@ SAVED_FUSED = ("GptOss", "Llama4")
 # Special tokens that llama.cpp's converter looks for in a family's vocabulary.
 SPECIAL = {"Glm4Moe": ("[gMASK]", "<|user|>", "<|observation|>")}
 
+# Layouts that every family is tested in, and variants of some.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    **{family: {"family": family} for family in FAMILIES},
+    **{f"{family} fused": {"family": family, "fused": True} for family in FAMILIES if family not in SAVED_FUSED},
+    "DeepseekV2 lite": {"family": "DeepseekV2", **LITE, "rope_parameters": DEEPSEEK_YARN},
+    "DeepseekV3 with YaRN": {
+        "family": "DeepseekV3",
+        "tie_word_embeddings": True,
+        "rope_parameters": {**DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "Glm4Moe with query norms and biases": {"family": "Glm4Moe", "use_qk_norm": True, "attention_bias": True},
+    "Ernie4_5_Moe without shared experts": {
+        "family": "Ernie4_5_Moe",
+        "moe_num_shared_experts": 0,
+        "tie_word_embeddings": True,
+    },
+    "Mixtral tied, with wide heads": {"family": "Mixtral", "tie_word_embeddings": True, "head_dim": 128},
+    "Mixtral in bfloat16": {"family": "Mixtral", "dtype": "bfloat16"},
+    "GraniteMoe tied, with biases": {"family": "GraniteMoe", "tie_word_embeddings": True, "attention_bias": True},
+    "Llama4 as Maverick": {"family": "Llama4", **MAVERICK},
+    "Llama4 tied, with Scout's rope scaling": {
+        "family": "Llama4",
+        "tie_word_embeddings": True,
+        "rope_parameters": SCOUT_ROPE,
+    },
+    "Qwen3Next tied, another order of layers": {
+        "family": "Qwen3Next",
+        "tie_word_embeddings": True,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+    },
+}
+
 _ROUTER = re.compile(r"\.(gate|router)\.weight$")
 
 

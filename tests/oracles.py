@@ -44,6 +44,11 @@ def convert_with_llama_cpp(source: Path, out: Path, outtype: str = "f32", pre: s
     _run_converter([(pre, [str(source), "--outfile", str(out), "--outtype", outtype])])
 
 
+def convert_all_with_llama_cpp(pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Convert several (source, out) to f32 in one process, which saves the converter's start-up for all but one."""
+    _run_converter([("qwen2", [str(source), "--outfile", str(out), "--outtype", "f32"]) for source, out in pairs])
+
+
 def convert_vocabularies_with_llama_cpp(jobs: Sequence[tuple[Path, Path, str]]) -> None:
     """Convert the tokenizers of several (source, out, pre) in one go, metadata only."""
     _run_converter([(pre, [str(source), "--outfile", str(out), "--vocab-only"]) for source, out, pre in jobs])

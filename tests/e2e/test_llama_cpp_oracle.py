@@ -6,17 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import (
-    DEEPSEEK_YARN,
-    FAMILIES,
-    LITE,
-    MAVERICK,
-    SAVED_FUSED,
-    SCOUT_ROPE,
-    build_moe,
-)
+from checkpoints import LAYOUTS, build_moe
 from gguf import GGUFReader
-from oracles import convert_with_llama_cpp, quantize_with_llama_cpp
+from oracles import convert_all_with_llama_cpp, convert_with_llama_cpp, quantize_with_llama_cpp
 
 # Keys that describe our file and not the model.
 OWN_KEYS = {"general.quantized_by", "general.file_type"}
@@ -40,63 +32,57 @@ def metadata(path: Path) -> dict[str, object]:
     }
 
 
-LAYOUTS = {
-    **{family: {"family": family} for family in FAMILIES},
-    **{f"{family} fused": {"family": family, "fused": True} for family in FAMILIES if family not in SAVED_FUSED},
-    "DeepseekV2 lite": {"family": "DeepseekV2", **LITE, "rope_parameters": DEEPSEEK_YARN},
-    "DeepseekV3 with YaRN": {
-        "family": "DeepseekV3",
-        "tie_word_embeddings": True,
-        "rope_parameters": {**DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
-    },
-    "Glm4Moe with query norms and biases": {"family": "Glm4Moe", "use_qk_norm": True, "attention_bias": True},
-    "Ernie4_5_Moe without shared experts": {
-        "family": "Ernie4_5_Moe",
-        "moe_num_shared_experts": 0,
-        "tie_word_embeddings": True,
-    },
-    "Mixtral tied, with wide heads": {"family": "Mixtral", "tie_word_embeddings": True, "head_dim": 128},
-    "Mixtral in bfloat16": {"family": "Mixtral", "dtype": "bfloat16"},
-    "GraniteMoe tied, with biases": {"family": "GraniteMoe", "tie_word_embeddings": True, "attention_bias": True},
-    "Llama4 as Maverick": {"family": "Llama4", **MAVERICK},
-    "Llama4 tied, with Scout's rope scaling": {
-        "family": "Llama4",
-        "tie_word_embeddings": True,
-        "rope_parameters": SCOUT_ROPE,
-    },
-    "Qwen3Next tied, another order of layers": {
-        "family": "Qwen3Next",
-        "tie_word_embeddings": True,
-        "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
-        "linear_num_value_heads": 2,
-    },
+NAME = "Tiny-Test-Moe-2B-Instruct-v1.1"
+
+VARIANTS = {
+    **LAYOUTS,
     "bf16 shards": {"shards": True, "dtype": "bfloat16"},
     "rope scaling": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
     "Qwen3Moe fused and tied": {"family": "Qwen3Moe", "fused": True, "tie_word_embeddings": True},
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tensors_and_metadata_equal_those_of_llama_cpps_converter(layout: str, tmp_path: Path, cli) -> None:
-    wanted, name = LAYOUTS[layout], "Tiny-Test-Moe-2B-Instruct-v1.1"
-    source = build_moe(tmp_path / name, **wanted)
-    # Their converter reads fused experts of few families, so it is given the same tensors as saved.
-    saved = build_moe(tmp_path / "saved" / name, **{**wanted, "fused": False}) if wanted.get("fused") else source
-    for directory in {source, saved}:
-        (directory / "README.md").write_text(MODEL_CARD, encoding="utf-8")
-        generation = '{"temperature": 0.7, "top_k": 20, "top_p": 0.8}'
-        (directory / "generation_config.json").write_text(generation, encoding="utf-8")
-    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
-    convert_with_llama_cpp(saved, theirs)
+def saved(layout: str) -> str:
+    """A name for the layout's checkpoint as saved: their converter reads fused experts of few families."""
+    return repr(sorted({**VARIANTS[layout], "fused": False}.items(), key=str))
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What llama.cpp's converter makes of each checkpoint as saved, all in one process."""
+    converted: dict[str, Path] = {}
+    pairs = []
+    for layout in VARIANTS:
+        if saved(layout) not in converted:
+            directory = tmp_path_factory.mktemp("theirs")
+            converted[saved(layout)] = directory / "theirs.gguf"
+            source = describe(build_moe(directory / NAME, **{**VARIANTS[layout], "fused": False}))
+            pairs.append((source, converted[saved(layout)]))
+    convert_all_with_llama_cpp(pairs)
+    return converted
+
+
+def describe(source: Path) -> Path:
+    """Give a checkpoint a model card and settings of generation."""
+    (source / "README.md").write_text(MODEL_CARD, encoding="utf-8")
+    generation = '{"temperature": 0.7, "top_k": 20, "top_p": 0.8}'
+    (source / "generation_config.json").write_text(generation, encoding="utf-8")
+    return source
+
+
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_tensors_and_metadata_equal_those_of_llama_cpps_converter(layout: str, theirs, tmp_path: Path, cli) -> None:
+    source, ours = describe(build_moe(tmp_path / NAME, **VARIANTS[layout])), tmp_path / "ours.gguf"
     code, _, err = cli("convert", source, "-o", ours, "--bpw", 32, "--tensor-type", r"\.weight$=F32")
     assert code == 0, err
-    their_tensors = {t.name: t for t in GGUFReader(theirs).tensors}
+    expected = theirs[saved(layout)]
+    their_tensors = {t.name: t for t in GGUFReader(expected).tensors}
     our_tensors = {t.name: t for t in GGUFReader(ours).tensors}
     assert their_tensors.keys() == our_tensors.keys()
     for name, tensor in their_tensors.items():
         assert tensor.shape.tolist() == our_tensors[name].shape.tolist(), name
         np.testing.assert_array_equal(tensor.data, our_tensors[name].data, err_msg=name)
-    assert metadata(ours) == metadata(theirs)
+    assert metadata(ours) == metadata(expected)
 
 
 def test_a_tied_output_is_written_out_because_llama_cpp_needs_it(tmp_path: Path, cli) -> None:
