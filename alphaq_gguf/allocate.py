@@ -19,6 +19,8 @@ from .errors import BudgetError
 _SMALL_UNITS = 300
 _MAX_EXACT_UNITS = 5_000
 _GAP = 1e-4
+# Relative gap that rounding alone can leave: an optimum.
+_PROVEN = 1e-10
 _TIME_LIMIT_S = 20.0
 # HiGHS stops at an absolute gap of 1e-6, so costs are scaled to make the optimum about this large.
 _OBJECTIVE_SCALE = 1e6
@@ -43,8 +45,13 @@ class Solution:
         return (self.cost - self.lower_bound) / self.lower_bound if self.lower_bound > 0 else float("inf")
 
 
-def solve_budget(cost: np.ndarray, size: np.ndarray, budget: int) -> Solution:
+def solve_budget(
+    cost: np.ndarray, size: np.ndarray, budget: int, *, hull_only: bool = False, exact: bool = False
+) -> Solution:
     """Choose one option per unit: least summed `cost` with summed `size` <= `budget`.
+
+    `hull_only` leaves HiGHS out: always fast, and within one step of one unit of the bound.
+    `exact` asks HiGHS for a proven optimum however many units there are and however long it takes.
 
     `cost` float [units, options], inf where a unit does not have the option; `size` int [units,
     options] in bytes (any unit works). BudgetError when even the smallest options exceed the budget.
@@ -61,28 +68,31 @@ def solve_budget(cost: np.ndarray, size: np.ndarray, budget: int) -> Solution:
     # Powers of two keep every ratio exact while taming the huge spread that a large gamma produces.
     top = cost[np.isfinite(cost)].max(initial=0.0)
     scale = 2.0 ** min(-np.ceil(np.log2(top)), 1023.0) if top > 0 else 1.0
-    choice, bound, method = _solve(cost * scale, size, budget)
+    choice, bound, method = _solve(cost * scale, size, budget, hull_only, exact)
     rows = np.arange(len(cost))
     return Solution(
         choice, float(cost[rows, choice].sum()), int(size[rows, choice].sum()), float(bound / scale), method
     )
 
 
-def _solve(cost: np.ndarray, size: np.ndarray, budget: int) -> tuple[np.ndarray, float, str]:
+def _solve(
+    cost: np.ndarray, size: np.ndarray, budget: int, hull_only: bool = False, exact: bool = False
+) -> tuple[np.ndarray, float, str]:
     rows = np.arange(len(cost))
     choice, bound = _solve_hull(cost, size, budget)
     _fill(cost, size, budget, choice)
     value = float(cost[rows, choice].sum())
     method = "hull"
-    if value <= bound or len(cost) > _MAX_EXACT_UNITS or (len(cost) > _SMALL_UNITS and value <= bound * (1 + _GAP)):
+    near = value <= bound or (len(cost) > _SMALL_UNITS and value <= bound * (1 + (_PROVEN if exact else _GAP)))
+    if hull_only or near or (len(cost) > _MAX_EXACT_UNITS and not exact):
         return choice, bound, method
-    exact, exact_bound = _solve_highs(cost, size, budget, value)
-    bound = max(bound, exact_bound)
-    if exact is not None:
-        _resolve_negligible(cost, size, budget, exact, value)
-        _fill(cost, size, budget, exact)
-        if cost[rows, exact].sum() <= value:
-            choice, method = exact, "highs"
+    found, found_bound = _solve_highs(cost, size, budget, value, None if exact else _TIME_LIMIT_S)
+    bound = max(bound, found_bound)
+    if found is not None:
+        _resolve_negligible(cost, size, budget, found, value, exact)
+        _fill(cost, size, budget, found)
+        if cost[rows, found].sum() <= value:
+            choice, method = found, "highs"
     return choice, min(bound, float(cost[rows, choice].sum())), method
 
 
@@ -151,7 +161,9 @@ def _fill(cost: np.ndarray, size: np.ndarray, budget: int, choice: np.ndarray) -
         grow[unit] = size[unit] - size[unit, option]
 
 
-def _solve_highs(cost: np.ndarray, size: np.ndarray, budget: int, incumbent: float) -> tuple[np.ndarray | None, float]:
+def _solve_highs(
+    cost: np.ndarray, size: np.ndarray, budget: int, incumbent: float, time_limit_s: float | None
+) -> tuple[np.ndarray | None, float]:
     """HiGHS on the same problem: a feasible choice (or None) and a proven lower bound."""
     unit, option = np.nonzero(np.isfinite(cost))
     least = np.where(np.isfinite(cost), size, np.iinfo(np.int64).max).min(axis=1)
@@ -170,7 +182,7 @@ def _solve_highs(cost: np.ndarray, size: np.ndarray, budget: int, incumbent: flo
         integrality=np.ones(len(unit)),
         bounds=Bounds(np.zeros(len(unit)), useful.astype(np.float64)),  # pyright: ignore[reportArgumentType]
         constraints=[one_each, within],
-        options={"mip_rel_gap": 0.0, "time_limit": _TIME_LIMIT_S},
+        options={"mip_rel_gap": 0.0, **({} if time_limit_s is None else {"time_limit": time_limit_s})},
     )
     bound = (
         0.0
@@ -188,7 +200,9 @@ def _solve_highs(cost: np.ndarray, size: np.ndarray, budget: int, incumbent: flo
     return choice, bound
 
 
-def _resolve_negligible(cost: np.ndarray, size: np.ndarray, budget: int, choice: np.ndarray, incumbent: float) -> None:
+def _resolve_negligible(
+    cost: np.ndarray, size: np.ndarray, budget: int, choice: np.ndarray, incumbent: float, exact: bool
+) -> None:
     """Choose again, with what the others leave, for units too cheap for HiGHS to have seen (in place)."""
     rows = np.arange(len(cost))
     dearest = np.where(np.isfinite(cost), cost, 0.0).max(axis=1)
@@ -196,4 +210,4 @@ def _resolve_negligible(cost: np.ndarray, size: np.ndarray, budget: int, choice:
     if not tiny.any() or tiny.all():
         return
     left = budget - int(size[rows, choice][~tiny].sum())
-    choice[tiny] = _solve(cost[tiny], size[tiny], left)[0]
+    choice[tiny] = _solve(cost[tiny], size[tiny], left, exact=exact)[0]

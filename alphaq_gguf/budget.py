@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 
-from .checkpoint import ExpertStack
+from .checkpoint import ExpertMatrix, ExpertStack
 from .errors import BudgetError, UsageError
 from .gguf_file import align
 from .measure import AlphaSettings, DistortionSettings
 from .qtypes import QType, bpw, candidates, row_bytes
+from .recipe import GRANULARITIES
 from .strategies import Problem, Unit
+from .strategies.base import matrix_type
 from .tensor_types import Override
 
 DEFAULT_CONTEXT = 8192
+SCOPES = ("global", "layer", "projection")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class AllocationSettings:
     """What to allocate. Exactly one of `bpw` (over expert weights), `size_bytes` (whole file) and
     `fit_bytes` (memory for the file, and for what running it at a context of `n_ctx` tokens takes) is given.
 
+    `granularity` is what gets a type of its own, one of GRANULARITIES; `scope` is what the budget is
+    divided over evenly first, one of SCOPES.
     `gamma` None asks for the rule 1 / std(ln alpha); `types` restricts the types of expert stacks;
     `overrides` set the types of single tensors.
     """
@@ -31,6 +37,8 @@ class AllocationSettings:
     size_bytes: int | None = None
     fit_bytes: int | None = None
     n_ctx: int = DEFAULT_CONTEXT
+    granularity: str = "stack"
+    scope: str = "global"
     strategy: str = "alphaq"
     gamma: float | None = None
     alpha_reference: str = "all"
@@ -41,37 +49,87 @@ class AllocationSettings:
 
 
 def make_units(
-    stacks: Sequence[ExpertStack], fixed: dict[str, QType], types: tuple[QType, ...] | None
+    stacks: Sequence[ExpertStack],
+    fixed: dict[str, QType],
+    types: tuple[QType, ...] | None,
+    granularity: str = "stack",
 ) -> tuple[Unit, ...]:
-    """One unit per stack, with the types the user fixed or allowed and its rows can take.
+    """What gets a type of its own, with the types the user fixed or allowed and its rows can take.
 
-    UsageError when `types` leaves a stack without any.
+    One unit per stack, per expert of each stack ("expert"), or per expert of a layer with all its
+    projections ("expert-shared"). UsageError when `types` leaves a unit without any.
     """
-    units = []
+    if granularity not in GRANULARITIES:
+        raise UsageError(f"granularity {granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+    options = {}
     for stack in stacks:
-        options = (fixed[stack.name],) if stack.name in fixed else candidates(stack.n_cols, types)
-        if not options:
+        options[stack.name] = (fixed[stack.name],) if stack.name in fixed else candidates(stack.n_cols, types)
+        if not options[stack.name]:
             names = ", ".join(q.name for q in types or ())
             raise UsageError(
                 f"--types {names}: none fits {stack.name} with rows of {stack.n_cols}",
                 f"add one of {', '.join(q.name for q in candidates(stack.n_cols))}",
             )
-        units.append(
-            Unit(stack.name, stack.bid, stack.proj, stack.n_cols, stack.n_weights, tuple(stack.matrices), options)
-        )
+    if granularity == "expert-shared":
+        return _shared_units(stacks, options)
+    units = []
+    for stack in stacks:
+        groups: list[tuple[int | None, list[ExpertMatrix]]] = [(None, stack.matrices)]
+        if granularity == "expert":
+            groups = [(xid, list(ms)) for xid, ms in groupby(stack.matrices, key=lambda m: m.xid)]
+        for xid, matrices in groups:
+            name = stack.name if xid is None else f"{stack.name} expert {xid}"
+            units.append(_unit(name, stack.proj, matrices, options[stack.name], xid))
     return tuple(units)
 
 
-def unit_bytes(unit: Unit, qtype: QType) -> int:
-    """Stored bytes of a unit under a type, without alignment."""
-    return unit.n_weights // unit.n_cols * row_bytes(qtype, unit.n_cols)
+def _shared_units(stacks: Sequence[ExpertStack], options: dict[str, tuple[QType, ...]]) -> tuple[Unit, ...]:
+    """One unit per expert; a type is an option where each matrix can take it or llama.cpp's substitute for it."""
+    matrices: dict[tuple[int, int], list[ExpertMatrix]] = {}
+    for stack in stacks:
+        for matrix in stack.matrices:
+            matrices.setdefault((stack.bid, matrix.xid), []).append(matrix)
+    units = []
+    for (bid, xid), group in matrices.items():
+        every = sorted({q for m in group for q in options[m.stack]}, key=bpw)
+        shared = tuple(q for q in every if all(matrix_type(m, q) in options[m.stack] for m in group))
+        name = f"blk.{bid} expert {xid}"
+        if not shared:
+            raise UsageError(
+                f"{name}: no type suits all its projections", "use --granularity expert, or allow more with --types"
+            )
+        units.append(_unit(name, "all", group, shared, xid))
+    return tuple(units)
+
+
+def _unit(name: str, proj: str, matrices: Sequence[ExpertMatrix], options: tuple[QType, ...], xid: int | None) -> Unit:
+    n_weights = sum(m.n_rows * m.n_cols for m in matrices)
+    return Unit(name, matrices[0].bid, proj, n_weights, tuple(matrices), options, xid)
+
+
+def matrices_bytes(matrices: Iterable[ExpertMatrix], qtype: QType) -> int:
+    """Stored bytes of matrices whose unit is given a type, without alignment."""
+    return sum(m.n_rows * row_bytes(matrix_type(m, qtype), m.n_cols) for m in matrices)
+
+
+def wanted_types(units: Iterable[Unit]) -> dict[str, tuple[QType, ...]]:
+    """Stack -> the types whose error its matrices must be measured under."""
+    wanted: dict[str, set[QType]] = {}
+    for unit in units:
+        for matrix in unit.matrices:
+            wanted.setdefault(matrix.stack, set()).update(matrix_type(matrix, q) for q in unit.options)
+    return {stack: tuple(sorted(found, key=bpw)) for stack, found in wanted.items()}
 
 
 def make_problem(units: tuple[Unit, ...], settings: AllocationSettings, alignment: int) -> Problem:
     """The problem before anything is measured. A budget for the whole file pays for alignment too."""
     qtypes = tuple(sorted({q for unit in units for q in unit.options}, key=bpw))
-    step = 1 if settings.bpw is not None else alignment
-    size = [[align(unit_bytes(unit, q), step) if q in unit.options else 0 for q in qtypes] for unit in units]
+    # Experts lie next to each other inside a stack; only stacks are aligned.
+    is_stack = all(unit.xid is None for unit in units)
+    step = alignment if settings.bpw is None and is_stack else 1
+    size = [
+        [align(matrices_bytes(unit.matrices, q), step) if q in unit.options else 0 for q in qtypes] for unit in units
+    ]
     return Problem(
         units,
         qtypes,

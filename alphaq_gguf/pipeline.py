@@ -5,34 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from . import __version__
-from .budget import (
-    AllocationSettings,
-    budget_bytes,
-    check_budget,
-    make_problem,
-    make_units,
-    size_range,
-    smallest_choice,
-    unit_bytes,
-)
+from .allocation import TOOL, allocate, memory_beside, overhead_bytes
+from .budget import AllocationSettings, make_problem, make_units, size_range
 from .checkpoint import Source, open_source
 from .encode import encode_rows
 from .forecast import MEMORY_SIZES, Forecast, fit_memory, group_stacks
 from .gguf_file import TensorInfo
 from .layout import Plan, alignment_of, plan_file
-from .measure import AlphaSettings, Measurements, key_of, measure
-from .memory import ContextSettings, MemoryNeed, memory_need
+from .measure import AlphaSettings, Measurements, measure
 from .prefetch import prefetch
 from .qtypes import FLOAT_TYPES
-from .recipe import Recipe, RecipeUnit, check_recipe, load_recipe
+from .recipe import Recipe, check_recipe, load_recipe
 from .reporter import Reporter, Silent
-from .spread import spread_of, warnings_about
-from .strategies import STRATEGIES, Allocation, Problem
+from .spread import warnings_about
 from .tensor_types import choose_types
 from .writer import check_output, write_gguf
 
@@ -49,13 +37,8 @@ __all__ = [
     "plan_file",
 ]
 
-TOOL = f"alphaq-gguf {__version__}"
 # Weights read and encoded at once: 16 MiB of float32, enough for every core to have a share.
 _CHUNK_WEIGHTS = 1 << 22
-# A number as long as any that a recipe holds, where none is measured yet.
-_SOME_NUMBER = 1.2345678901234567e-05
-# More than the settings of both measurements take in the recipe, which are known only when measuring begins.
-_SETTINGS_BYTES = 1024
 # As long as a real one, where no weights are read.
 _NO_FINGERPRINT = "0" * 64
 
@@ -94,62 +77,6 @@ def measure_source(
     for line in warnings_about(found.alphas):
         reporter.warn(line)
     return found
-
-
-def allocate(
-    source: Source,
-    settings: AllocationSettings,
-    *,
-    cache_dir: Path,
-    alphas_file: Path | None = None,
-    device: str = "cpu",
-    threads: int = 1,
-    reporter: Reporter | None = None,
-) -> Recipe:
-    """Choose a type for every expert stack of `source` within the budget.
-
-    BudgetError, before anything is measured, when no allocation fits; it names the feasible range.
-    """
-    reporter = reporter or Silent()
-    check_budget(settings)
-    strategy = STRATEGIES[settings.strategy]
-    tensor_types, fixed = choose_types(source, settings.overrides)
-    units = make_units(source.stacks, fixed, settings.types)
-    problem = make_problem(units, settings, alignment_of(source))
-    base = Recipe(TOOL, source.fingerprint, source.architecture, {}, {}, (), tensor_types)
-    need = None if settings.fit_bytes is None else _memory_need(source, settings.n_ctx, reporter)
-    file_limit = settings.size_bytes
-    if settings.fit_bytes is not None and need is not None:
-        file_limit = settings.fit_bytes - need.beside_weights
-    budget = budget_bytes(settings, problem, _overhead(source, base, problem, settings), file_limit)
-
-    analytic = problem.analytic and "distortions" in strategy.needs
-    needs_alphas = "alphas" in strategy.needs or analytic
-    measured = measure(
-        source,
-        alphas=settings.alphas if needs_alphas else None,
-        distortion=settings.distortion if "distortions" in strategy.needs and not analytic else None,
-        qtypes={unit.name: unit.options for unit in units},
-        cache_dir=cache_dir,
-        given_alphas=alphas_file if needs_alphas else None,
-        device=device,
-        threads=threads,
-        reporter=reporter,
-    )
-    if "alphas" in strategy.needs:
-        for line in warnings_about(measured.alphas):
-            reporter.warn(line)
-    problem = replace(problem, alphas=measured.alphas, distortions=measured.distortions)
-    while True:
-        recipe = _recipe(base, problem, strategy.allocate(replace(problem, budget=budget)), settings, measured)
-        recipe.result["file_bytes"] = plan_file(source, recipe).size
-        if need is not None:
-            recipe.result["memory_bytes"] = recipe.result["file_bytes"] + need.beside_weights
-        # The recipe travels in the file's metadata, so its own length can push the file over by a few bytes.
-        excess = 0 if file_limit is None else recipe.result["file_bytes"] - file_limit
-        if excess <= 0:
-            return recipe
-        budget -= excess
 
 
 def convert(
@@ -195,8 +122,8 @@ def forecast(source: Source, settings: AllocationSettings, n_ctx: int, *, report
     units = make_units(source.stacks, fixed, settings.types)
     problem = make_problem(units, settings, alignment_of(source))
     base = Recipe(TOOL, _NO_FINGERPRINT, source.architecture, {}, {}, (), tensor_types)
-    other = _overhead(source, base, problem, settings) + source.omitted_bytes
-    need = _memory_need(source, n_ctx, reporter or Silent())
+    other = overhead_bytes(source, base, settings) + source.omitted_bytes
+    need = memory_beside(source, n_ctx, reporter or Silent())
     least, most = size_range(problem)
     n_expert_weights = sum(unit.n_weights for unit in units)
     return Forecast(
@@ -215,93 +142,3 @@ def forecast(source: Source, settings: AllocationSettings, n_ctx: int, *, report
         need=need,
         fits=fit_memory(problem, other, need, MEMORY_SIZES),
     )
-
-
-def _memory_need(source: Source, n_ctx: int, reporter: Reporter) -> MemoryNeed:
-    need = memory_need(source.fields, source.tensors, ContextSettings(n_ctx))
-    for note in need.notes:
-        reporter.note(note)
-    return need
-
-
-def _overhead(source: Source, base: Recipe, problem: Problem, settings: AllocationSettings) -> int:
-    """Bytes of the file beside its expert stacks, with a recipe as long as the real one will be."""
-    choice = smallest_choice(problem)
-    rows = np.arange(len(choice))
-    numbers = np.full(len(choice), _SOME_NUMBER)
-    placeholder = Allocation(choice, numbers, *[_SOME_NUMBER] * 3, method="highs", sensitivity=numbers)
-    provisional = _recipe(base, problem, placeholder, settings, None)
-    alphas = dict.fromkeys(("alpha_median", "alpha_min", "alpha_max"), _SOME_NUMBER)
-    longest = tuple(replace(unit, **alphas) for unit in provisional.units)
-    size = plan_file(source, replace(provisional, units=longest)).size
-    return size + _SETTINGS_BYTES - int(problem.size[rows, choice].sum())
-
-
-def _recipe(
-    base: Recipe,
-    problem: Problem,
-    allocation: Allocation,
-    settings: AllocationSettings,
-    measured: Measurements | None,
-) -> Recipe:
-    units = []
-    for u, unit in enumerate(problem.units):
-        qtype = problem.qtypes[int(allocation.choice[u])]
-        spread = spread_of(measured.alphas[key_of(m)] for m in unit.matrices) if measured and measured.alphas else None
-        units.append(
-            RecipeUnit(
-                tensor=unit.name,
-                layer=unit.bid,
-                proj=unit.proj,
-                n_weights=unit.n_weights,
-                qtype=qtype,
-                n_bytes=unit_bytes(unit, qtype),
-                alpha_median=spread.median if spread else None,
-                alpha_min=spread.low if spread else None,
-                alpha_max=spread.high if spread else None,
-                sensitivity=None if allocation.sensitivity is None else float(allocation.sensitivity[u]),
-                cost=None if allocation.unit_cost is None else float(allocation.unit_cost[u]),
-            )
-        )
-    recorded: dict[str, Any] = {
-        "strategy": settings.strategy,
-        "bpw": settings.bpw,
-        "size_bytes": settings.size_bytes,
-        "fit_bytes": settings.fit_bytes,
-        "n_ctx": None if settings.fit_bytes is None else settings.n_ctx,
-        "gamma": settings.gamma,
-        "alpha_reference": settings.alpha_reference,
-        "seed": settings.alphas.seed,
-        "distortion": settings.distortion.kind,
-        "types": None if settings.types is None else [q.name for q in settings.types],
-        "tensor_types": [f"{pattern}={qtype.name}" for pattern, qtype in settings.overrides],
-        "alphas": measured.alpha_header if measured else {},
-        "distortions": measured.distortion_header if measured else {},
-    }
-    recipe = replace(base, settings=recorded, result={}, units=tuple(units))
-    recipe.result.update(
-        {
-            "expert_bpw": recipe.expert_bpw,
-            "expert_bytes": recipe.expert_bytes,
-            **allocation.parameters,
-            "cost": allocation.cost,
-            "lower_bound": allocation.lower_bound,
-            "gap": allocation.gap,
-            "method": allocation.method,
-            "distortion_standard_error": _relative_error(problem, allocation, measured),
-        }
-    )
-    return recipe
-
-
-def _relative_error(problem: Problem, allocation: Allocation, measured: Measurements | None) -> float | None:
-    """Standard error of the allocation's summed squared error from sampling rows, relative to the sum."""
-    if not measured or not measured.distortions:
-        return None
-    chosen = [
-        measured.distortions[key_of(m), problem.qtypes[int(allocation.choice[u])]]
-        for u, unit in enumerate(problem.units)
-        for m in unit.matrices
-    ]
-    total = sum(d.squared_error for d in chosen)
-    return float(np.sqrt(sum(d.standard_error**2 for d in chosen)) / total) if total else 0.0

@@ -15,11 +15,15 @@ from .qtypes import QType, fits, parse_qtype, row_bytes
 
 FORMAT = "alphaq-recipe"
 SCHEMA = 1
+GRANULARITIES = ("stack", "expert", "expert-shared")
 
 
 @dataclass(frozen=True)
 class RecipeUnit:
-    """One expert stack's choice; `n_bytes` without alignment; `cost` None for strategies without a cost table."""
+    """The type of an expert stack, or of one `expert` in it.
+
+    `n_bytes` without alignment; `cost` None for strategies without a cost table.
+    """
 
     tensor: str
     layer: int
@@ -27,6 +31,7 @@ class RecipeUnit:
     n_weights: int
     qtype: QType
     n_bytes: int
+    expert: int | None = None
     alpha_median: float | None = None
     alpha_min: float | None = None
     alpha_max: float | None = None
@@ -36,7 +41,7 @@ class RecipeUnit:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An allocation. `units` are expert stacks, `tensors` the types of all other tensors."""
+    """An allocation. `units` are expert stacks or experts, `tensors` the types of all other tensors."""
 
     tool: str
     source: str
@@ -45,6 +50,7 @@ class Recipe:
     result: dict[str, Any]
     units: tuple[RecipeUnit, ...]
     tensors: dict[str, QType] = field(default_factory=dict)
+    granularity: str = "stack"
 
     @property
     def expert_bytes(self) -> int:
@@ -57,7 +63,9 @@ class Recipe:
 
     @property
     def types(self) -> dict[str, QType]:
-        """Every tensor's type."""
+        """Every tensor's type. ValueError for a recipe that has no such thing, with a type for each expert."""
+        if self.granularity != "stack":
+            raise ValueError(f"a recipe of granularity {self.granularity!r} has no type per tensor")
         return {**self.tensors, **{unit.tensor: unit.qtype for unit in self.units}}
 
     def histogram(self) -> Counter[str]:
@@ -78,7 +86,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "schema": SCHEMA,
-        "granularity": "stack",
+        "granularity": recipe.granularity,
         "tool": recipe.tool,
         "source": recipe.source,
         "architecture": recipe.architecture,
@@ -93,10 +101,10 @@ def from_json(data: Any, where: str) -> Recipe:
     """Parse a recipe; AlphaQError says what is wrong with it."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise AlphaQError(f'{where}: not a recipe (no "format": "{FORMAT}")', "write one with `alphaq-gguf allocate`")
-    if data.get("schema") != SCHEMA or data.get("granularity") != "stack":
+    if data.get("schema") != SCHEMA or data.get("granularity") not in GRANULARITIES:
         raise AlphaQError(
             f"{where}: recipe of schema {data.get('schema')} and granularity {data.get('granularity')!r}, "
-            f"this version reads schema {SCHEMA} and granularity 'stack'",
+            f"this version reads schema {SCHEMA} and granularity {' or '.join(GRANULARITIES)}",
             "allocate again with this version",
         )
     try:
@@ -111,7 +119,14 @@ def from_json(data: Any, where: str) -> Recipe:
             raise TypeError("a unit without a tensor name")
         tensors = {name: QType[qtype] for name, qtype in data["tensors"].items()}
         return Recipe(
-            data["tool"], data["source"], data["architecture"], data["settings"], data["result"], units, tensors
+            data["tool"],
+            data["source"],
+            data["architecture"],
+            data["settings"],
+            data["result"],
+            units,
+            tensors,
+            data["granularity"],
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AlphaQError(f"{where}: damaged recipe: {error}", "allocate again") from None
@@ -139,8 +154,19 @@ def load_recipe(path: Path) -> Recipe:
     return from_json(data, str(path))
 
 
+def refuse_expert_types(granularity: str, where: str) -> None:
+    """AlphaQError for anything but one type per stack, the only thing a GGUF for llama.cpp can hold."""
+    if granularity != "stack":
+        raise AlphaQError(
+            f"{where}: gives each expert a type of its own; a GGUF for llama.cpp has one type for all experts of a "
+            "stacked tensor",
+            "allocate with --granularity stack to write a file; `allocate` shows what that costs",
+        )
+
+
 def check_recipe(recipe: Recipe, source: Source, where: str) -> None:
-    """AlphaQError unless the recipe was made for `source` and names types its rows can take."""
+    """AlphaQError unless the recipe was made for `source`, gives each tensor a type, and one its rows can take."""
+    refuse_expert_types(recipe.granularity, where)
     if recipe.source != source.fingerprint:
         raise AlphaQError(
             f"{where}: made for another model, {recipe.source[:12]}: {source.label} is {source.fingerprint[:12]}",

@@ -32,6 +32,8 @@ def command(
     """Spend a bit budget over the expert stacks and save the choice as a recipe for `convert --recipe`."""
     console = shown.console()
     settings = budget.settings(alphas.settings())
+    if tensor_type_file is not None and settings.granularity != "stack":
+        raise UsageError("--tensor-type-file: llama-quantize knows one type per tensor", "use --granularity stack")
     source = checkpoint.open(console)
     outputs = [path for path in (output, tensor_type_file) if path is not None]
     if len(outputs) == 2 and outputs[0].resolve() == outputs[1].resolve():

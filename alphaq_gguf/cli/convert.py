@@ -13,7 +13,7 @@ from ..console import format_count
 from ..errors import UsageError
 from ..modelfile import render_modelfile
 from ..pipeline import allocate, convert, load_recipe, plan_file
-from ..recipe import check_recipe, save_recipe, to_json
+from ..recipe import check_recipe, refuse_expert_types, save_recipe, to_json
 from ..writer import check_output, replacing, write_atomically
 from .options import AlphaOptions, BudgetOptions, MachineOptions, OutputOptions, SourceOptions, grouped
 from .show import show_recipe
@@ -53,11 +53,10 @@ def command(
         raise UsageError("--recipe already holds the allocation", "leave out the options of the budget")
     settings = budget.settings(alphas.settings())
     given = load_recipe(recipe) if recipe is not None else None
+    refuse_expert_types(settings.granularity, "--granularity")
     source = checkpoint.open(console)
-    label = (
-        f"{budget.bpw:g}bpw" if budget.bpw is not None else budget.size or budget.fit or (recipe.stem if recipe else "")
-    )
-    out = output or Path(f"{_stem(source.name)}-alphaq-{label}.gguf")
+    name = budget.label or (recipe.stem if recipe else "")
+    out = output or Path(f"{_stem(source.name)}-alphaq-{name}.gguf")
     modelfile_path = out.with_name(out.stem + ".Modelfile")
     for path in (out, save_recipe_to, modelfile_path if modelfile else None):
         if path is not None and not dry_run:

@@ -15,13 +15,14 @@ from typing import Annotated, Any, get_type_hints
 import platformdirs
 import typer
 
-from ..budget import DEFAULT_CONTEXT
+from ..budget import DEFAULT_CONTEXT, SCOPES
 from ..checkpoint import Source, open_source
 from ..console import Console
 from ..errors import UsageError
 from ..measure import AlphaSettings, DistortionSettings
 from ..pipeline import AllocationSettings
 from ..qtypes import QType, parse_qtype
+from ..recipe import GRANULARITIES
 from ..spectral import ESTIMATORS
 from ..strategies import STRATEGIES
 from ..tensor_types import parse_overrides
@@ -65,6 +66,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 StrategyName: Any = StrEnum("StrategyName", [(name, name) for name in STRATEGIES])
 EstimatorName: Any = StrEnum("EstimatorName", [(name, name) for name in ESTIMATORS])
+
+
+GranularityName: Any = StrEnum("GranularityName", [(name.replace("-", "_"), name) for name in GRANULARITIES])
+ScopeName: Any = StrEnum("ScopeName", [(name, name) for name in SCOPES])
 
 
 class SpectrumName(StrEnum):
@@ -186,6 +191,18 @@ class BudgetOptions:
             rich_help_panel=_BUDGET,
         ),
     ] = StrategyName.alphaq
+    granularity: Annotated[
+        GranularityName,  # pyright: ignore[reportInvalidTypeForm]
+        typer.Option(
+            help="What gets a type of its own: a stack (what a GGUF can hold), each expert of it, or each expert with "
+            "all its projections.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = GranularityName.stack
+    scope: Annotated[
+        ScopeName,  # pyright: ignore[reportInvalidTypeForm]
+        typer.Option(help="What the budget is shared out over evenly before it is spent.", rich_help_panel=_BUDGET),
+    ] = ScopeName["global"]
     gamma: Annotated[
         float | None,
         typer.Option(
@@ -257,6 +274,8 @@ class BudgetOptions:
             fit_bytes=None if self.fit is None else _parse_size(self.fit, "--fit"),
             n_ctx=self.ctx or DEFAULT_CONTEXT,
             strategy=self.strategy.value,
+            granularity=self.granularity.value,
+            scope=self.scope.value,
             gamma=self.gamma,
             alpha_reference=self.alpha_reference.value,
             types=parse_types(self.types),

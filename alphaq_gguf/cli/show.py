@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from ..console import Console, format_count
-from ..qtypes import QType
+from ..qtypes import QType, bpw
 from ..recipe import Recipe
 
 # Gap below which an allocation is called optimal: HiGHS' own tolerance.
@@ -31,8 +33,11 @@ def type_grid(cells: Iterable[tuple[int, str, QType]]) -> tuple[list[str], list[
 
 def show_recipe(console: Console, recipe: Recipe) -> None:
     """The allocation as a table, its budget, and how near the optimum it is."""
-    columns, rows = type_grid((u.layer, u.proj, u.qtype) for u in recipe.units)
-    console.table("Types of the expert stacks", columns, rows)
+    if recipe.granularity == "stack":
+        columns, rows = type_grid((u.layer, u.proj, u.qtype) for u in recipe.units)
+        console.table("Types of the expert stacks", columns, rows)
+    else:
+        console.table("Experts by type", *_expert_grid(recipe))
     result = recipe.result
     if result.get("gamma") is not None:
         console.result(f"gamma {result['gamma']:.3g}")
@@ -41,6 +46,8 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
         console.result(f"Predicted error {result['cost']:.6g}, {near} (gap {result['gap']:.1e}, {result['method']})")
     if result.get("distortion_standard_error"):
         console.result(f"Sampling error of the predicted error: {100 * result['distortion_standard_error']:.2g} %")
+    if result.get("stacking"):
+        console.result(_stacking_text(result["stacking"]))
     shares = ", ".join(
         f"{name} {100 * count / sum(recipe.histogram().values()):.0f} %"
         for name, count in sorted(recipe.histogram().items())
@@ -53,3 +60,24 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
     if result.get("memory_bytes"):
         need, ctx = format_count(result["memory_bytes"], "bytes"), recipe.settings.get("n_ctx")
         console.result(f"Memory to run it at a context of {ctx}: {need}")
+
+
+def _expert_grid(recipe: Recipe) -> tuple[list[str], list[list[str]]]:
+    """How many experts of all layers have each type, by projection."""
+    projs = list(dict.fromkeys(unit.proj for unit in recipe.units))
+    counts = Counter((unit.qtype, unit.proj) for unit in recipe.units)
+    types = sorted({unit.qtype for unit in recipe.units}, key=bpw)
+    return ["type", *projs], [[q.name, *(str(counts[q, proj]) for proj in projs)] for q in types]
+
+
+def _stacking_text(losses: dict[str, Any]) -> str:
+    """What it costs that the experts of a stack share a type."""
+    text = f"At the same bytes one type per expert: predicted error {losses['per_expert']:.6g}, "
+    text += f"per stack {losses['per_stack']:.6g}"
+    if losses["uniform"] is not None:
+        text += f", one for all {losses['uniform']:.6g}"
+    if losses["kept"] is not None:
+        layers = [layer["kept"] for layer in losses["layers"].values() if layer["kept"] is not None]
+        text += f". Stacking keeps {100 * losses['kept']:.0f} % of the gain"
+        text += f" ({100 * min(layers):.0f} to {100 * max(layers):.0f} % by layer)" if len(layers) > 1 else ""
+    return text

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..measure import Alpha, Key, key_of
+from ..measure import Alpha, Key
 from .base import Allocation, Problem, solve_costs
 
 MAX_GAMMA = 200.0
@@ -18,6 +18,7 @@ class AlphaQ:
     name = "alphaq"
     needs = frozenset({"alphas", "distortions"})
     summary = "encoding error weighted by (median alpha / alpha)^gamma, from weights alone"
+    source = "arXiv 2606.04980"
 
     def allocate(self, problem: Problem) -> Allocation:
         gamma, alphas = gamma_and_alphas(problem)
@@ -25,9 +26,8 @@ class AlphaQ:
 
 
 def gamma_and_alphas(problem: Problem) -> tuple[float, dict[Key, Alpha]]:
-    """The exponent asked for, or chosen by the rule, and the alphas of the problem's own matrices."""
-    alphas = {key_of(m): problem.alphas[key_of(m)] for unit in problem.units for m in unit.matrices}
-    return choose_gamma(alphas) if problem.gamma is None else problem.gamma, alphas
+    """The exponent asked for, or chosen by the rule over the whole model, and the alphas."""
+    return choose_gamma(problem.alphas) if problem.gamma is None else problem.gamma, problem.alphas
 
 
 def choose_gamma(alphas: Mapping[Key, Alpha]) -> float:

@@ -11,20 +11,29 @@ from ..allocate import solve_budget
 from ..checkpoint import ExpertMatrix
 from ..errors import AlphaQError
 from ..measure import Alpha, Distortion, Key, key_of
-from ..qtypes import NOMINAL_BITS, QType
+from ..qtypes import NOMINAL_BITS, QType, stock_substitute
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one type: a stack of experts. `n_cols` decides which types fit."""
+    """What gets one type: a stack of experts, one expert's part of a stack, or one expert whole.
+
+    `xid` is None for a stack; `proj` is "all" for a whole expert, whose matrices may differ in what fits
+    their rows: `matrix_type` says what each of them takes.
+    """
 
     name: str
     bid: int
     proj: str
-    n_cols: int
     n_weights: int
     matrices: tuple[ExpertMatrix, ...]
     options: tuple[QType, ...]
+    xid: int | None = None
+
+    @property
+    def n_cols(self) -> int:
+        """Length of the rows, of the first matrix where they differ."""
+        return self.matrices[0].n_cols
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Problem:
     """Units, their options and what is known about them.
 
     `qtypes` are the columns of every table; `size` int64 [units, types] in bytes, `allowed` bool
-    [units, types]; `budget` in bytes. `gamma` None asks for the rule of choose_gamma.
+    [units, types]; `budget` in bytes. `gamma` None asks for the rule of choose_gamma. `masses` and
+    `router_norms` are by (layer, expert), `row_variances` hold the largest variance of a row.
     """
 
     units: tuple[Unit, ...]
@@ -42,6 +52,9 @@ class Problem:
     budget: int
     alphas: dict[Key, Alpha] = field(default_factory=dict)
     distortions: dict[tuple[Key, QType], Distortion] = field(default_factory=dict)
+    masses: dict[tuple[int, int], float] = field(default_factory=dict)
+    router_norms: dict[tuple[int, int], float] = field(default_factory=dict)
+    row_variances: dict[Key, float] = field(default_factory=dict)
     analytic: bool = False
     gamma: float | None = None
     alpha_reference: str = "all"
@@ -52,7 +65,8 @@ class Problem:
 class Allocation:
     """`choice` [units] indexes `Problem.qtypes`; costs are None where the strategy has no cost table.
 
-    `parameters` are what the strategy settled on by itself (gamma, ...), for the recipe.
+    `parameters` are what the strategy settled on by itself (gamma, ...), for the recipe; `weights` what
+    each matrix' squared error counts in the cost table.
     """
 
     choice: np.ndarray
@@ -63,16 +77,36 @@ class Allocation:
     method: str = ""
     parameters: dict[str, float] = field(default_factory=dict)
     sensitivity: np.ndarray | None = None
+    weights: dict[Key, float] | None = None
 
 
 class Strategy(Protocol):
-    """One way to spend the budget. `needs` names the measurements it reads: "alphas", "distortions"."""
+    """One way to spend the budget.
+
+    `needs` names what it reads of a Problem: NEEDS lists all there is. `source` is where it was published.
+    """
 
     name: str
     needs: frozenset[str]
     summary: str
+    source: str
 
     def allocate(self, problem: Problem) -> Allocation: ...
+
+
+NEEDS = {
+    "alphas": "weights: spectra of expert matrices",
+    "distortions": "weights: encoding errors of expert matrices",
+    "routing": "weights: routers, with simulated vectors",
+    "router": "weights: routers",
+    "row_variances": "weights: variances of rows",
+}
+"""What strategies can ask to be measured, and what of the model it takes."""
+
+
+def matrix_type(matrix: ExpertMatrix, qtype: QType) -> QType:
+    """What a matrix takes when its unit is given `qtype`: that, or llama.cpp's substitute where rows do not fit."""
+    return stock_substitute(qtype, matrix.n_cols)
 
 
 def matrix_distortion(problem: Problem, matrix: ExpertMatrix, qtype: QType) -> float:
@@ -81,20 +115,26 @@ def matrix_distortion(problem: Problem, matrix: ExpertMatrix, qtype: QType) -> f
     The analytic form is AlphaQ's (A.4) summed over the matrix' weights, so that matrices count by
     their element count; v = max(population variance, 1e-12).
     """
-    key = key_of(matrix)
+    key, qtype = key_of(matrix), matrix_type(matrix, qtype)
     if problem.analytic:
         variance = max(problem.alphas[key].variance, 1e-12)
         return matrix.n_rows * matrix.n_cols * variance * 2.0 ** (-2 * NOMINAL_BITS[qtype])
     return problem.distortions[key, qtype].squared_error
 
 
-def solve_costs(problem: Problem, weights: dict[Key, float], parameters: dict[str, float]) -> Allocation:
-    """Allocate by the cost table sum over a unit's matrices of weight x distortion."""
+def cost_table(problem: Problem, weights: dict[Key, float]) -> np.ndarray:
+    """Cost [units, types]: the sum over a unit's matrices of weight x distortion; inf where not allowed."""
     cost = np.full(problem.size.shape, np.inf)
     for u, unit in enumerate(problem.units):
         for t, qtype in enumerate(problem.qtypes):
             if problem.allowed[u, t]:
                 cost[u, t] = sum(weights[key_of(m)] * matrix_distortion(problem, m, qtype) for m in unit.matrices)
+    return cost
+
+
+def solve_costs(problem: Problem, weights: dict[Key, float], parameters: dict[str, float]) -> Allocation:
+    """Allocate by the cost table that `weights` give."""
+    cost = cost_table(problem, weights)
     if not np.isfinite(cost[problem.allowed]).all():
         raise AlphaQError("the cost table overflows", "use a smaller --gamma")
     solution = solve_budget(cost, problem.size, problem.budget)
@@ -108,4 +148,5 @@ def solve_costs(problem: Problem, weights: dict[Key, float], parameters: dict[st
         method=solution.method,
         parameters=parameters,
         sensitivity=sensitivity,
+        weights=weights,
     )

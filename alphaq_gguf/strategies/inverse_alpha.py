@@ -10,6 +10,7 @@ class InverseAlpha:
     name = "inverse-alpha"
     needs = frozenset({"alphas", "distortions"})
     summary = "alphaq with -gamma (negative control: it should lose)"
+    source = "control"
 
     def allocate(self, problem: Problem) -> Allocation:
         gamma, alphas = gamma_and_alphas(problem)

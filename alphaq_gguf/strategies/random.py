@@ -11,6 +11,7 @@ class Random:
     name = "random"
     needs: frozenset[str] = frozenset()
     summary = "one random stack after another gets its next larger type, from --seed (negative control)"
+    source = "control"
 
     def allocate(self, problem: Problem) -> Allocation:
         rng = np.random.default_rng(problem.seed)

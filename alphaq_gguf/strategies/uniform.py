@@ -13,6 +13,7 @@ class Uniform:
     name = "uniform"
     needs: frozenset[str] = frozenset()
     summary = "one type for all experts, the largest within the budget (control)"
+    source = "control"
 
     def allocate(self, problem: Problem) -> Allocation:
         column = {qtype: t for t, qtype in enumerate(problem.qtypes)}

@@ -480,7 +480,7 @@ def recipe(tiny: Path, tmp_path_factory, cache_dir: Path) -> dict:
         (lambda r: r.update(source="0" * 64), "made for another model"),
         (lambda r: r.update(format="cake"), "not a recipe"),
         (lambda r: r.update(schema=99), "schema 99"),
-        (lambda r: r.update(granularity="expert"), "'expert'"),
+        (lambda r: r.update(granularity="matrix"), "'matrix'"),
         (lambda r: r["units"].pop(), "does not cover"),
         (lambda r: r["units"][0].pop("qtype"), "damaged recipe"),
         (lambda r: r["units"][0].update(qtype="Q9_Z"), "unknown type 'Q9_Z'"),

@@ -129,7 +129,7 @@ def edit(recipe: Recipe, **changes) -> dict:
     [
         ({"format": "other"}, "not a recipe"),
         ({"schema": 2}, "schema 2"),
-        ({"granularity": "expert"}, "granularity 'expert'"),
+        ({"granularity": "matrix"}, "granularity 'matrix'"),
         ({"units": [{"tensor": "a"}]}, "damaged recipe"),
         ({"units": [{"qtype": "Q4_K", "surprise": 1}]}, "damaged recipe"),
         ({"units": 5}, "damaged recipe"),

@@ -92,7 +92,7 @@ def test_gamma_without_any_alpha_is_one():
 
 def make_unit(name: str, proj: str, n_experts: int, n_rows: int, n_cols: int, options: tuple[QType, ...]) -> Unit:
     stack = ExpertStack(name, 0, proj, n_experts, n_rows, n_cols)
-    return Unit(name, 0, proj, n_cols, stack.n_weights, tuple(stack.matrices), options)
+    return Unit(name, 0, proj, stack.n_weights, tuple(stack.matrices), options)
 
 
 def make_problem(units: list[Unit], budget_share: float, seed: int = 0, **settings) -> Problem:

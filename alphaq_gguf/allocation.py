@@ -1,0 +1,224 @@
+"""From a source and a budget to a recipe: measure what the strategy needs, let it spend, say what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import __version__
+from .budget import (
+    AllocationSettings,
+    budget_bytes,
+    check_budget,
+    make_problem,
+    make_units,
+    matrices_bytes,
+    smallest_choice,
+)
+from .checkpoint import Source
+from .layout import alignment_of, plan_file
+from .measure import Measurements, key_of
+from .memory import ContextSettings, MemoryNeed, memory_need
+from .qtypes import QType
+from .recipe import Recipe, RecipeUnit
+from .reporter import Reporter, Silent
+from .scope import allocate_scope
+from .signals import measure_signals
+from .spread import spread_of, warnings_about
+from .stacking import stacking_loss
+from .strategies import STRATEGIES, Allocation, Problem
+from .strategies.base import matrix_type
+from .tensor_types import choose_types
+
+TOOL = f"alphaq-gguf {__version__}"
+# A number as long as any that a recipe holds, where none is measured yet.
+_SOME_NUMBER = 1.2345678901234567e-05
+# More than the settings of both measurements take in the recipe, which are known only when measuring begins.
+_SETTINGS_BYTES = 1024
+
+
+def allocate(
+    source: Source,
+    settings: AllocationSettings,
+    *,
+    cache_dir: Path,
+    alphas_file: Path | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    reporter: Reporter | None = None,
+) -> Recipe:
+    """Choose a type for every expert stack of `source` within the budget.
+
+    BudgetError, before anything is measured, when no allocation fits; it names the feasible range.
+    """
+    reporter = reporter or Silent()
+    check_budget(settings)
+    strategy = STRATEGIES[settings.strategy]
+    tensor_types, fixed = choose_types(source, settings.overrides)
+    units = make_units(source.stacks, fixed, settings.types, settings.granularity)
+    problem = make_problem(units, settings, alignment_of(source))
+    base = Recipe(
+        TOOL, source.fingerprint, source.architecture, {}, {}, (), tensor_types, granularity=settings.granularity
+    )
+    need = None if settings.fit_bytes is None else memory_beside(source, settings.n_ctx, reporter)
+    file_limit = settings.size_bytes
+    if settings.fit_bytes is not None and need is not None:
+        file_limit = settings.fit_bytes - need.beside_weights
+    overhead = 0 if file_limit is None else overhead_bytes(source, base, settings)
+    budget = budget_bytes(settings, problem, overhead, file_limit)
+
+    problem, measured = measure_signals(
+        source,
+        settings,
+        strategy.needs,
+        problem,
+        cache_dir=cache_dir,
+        alphas_file=alphas_file,
+        device=device,
+        threads=threads,
+        reporter=reporter,
+    )
+    if "alphas" in strategy.needs:
+        for line in warnings_about(measured.alphas):
+            reporter.warn(line)
+    while True:
+        allocation = allocate_scope(strategy, replace(problem, budget=budget), settings.scope)
+        recipe = _recipe(base, problem, allocation, settings, measured)
+        recipe.result["stacking"] = _stacking(source, fixed, settings, problem, allocation, recipe)
+        if settings.granularity != "stack":
+            return recipe
+        recipe.result["file_bytes"] = plan_file(source, recipe).size
+        if need is not None:
+            recipe.result["memory_bytes"] = recipe.result["file_bytes"] + need.beside_weights
+        # The recipe travels in the file's metadata, so its own length can push the file over by a few bytes.
+        excess = 0 if file_limit is None else recipe.result["file_bytes"] - file_limit
+        if excess <= 0:
+            return recipe
+        budget -= excess
+
+
+def _stacking(
+    source: Source,
+    fixed: dict[str, QType],
+    settings: AllocationSettings,
+    problem: Problem,
+    allocation: Allocation,
+    recipe: Recipe,
+) -> dict[str, Any] | None:
+    """What one type per stack costs at the bytes the allocation spends; None without a cost table."""
+    if allocation.weights is None:
+        return None
+    spent: dict[int, int] = {}
+    for unit in recipe.units:
+        spent[unit.layer] = spent.get(unit.layer, 0) + unit.n_bytes
+    found = stacking_loss(source.stacks, fixed, settings, problem, allocation.weights, spent)
+    if found is None:
+        return None
+    layers = {str(layer): {**asdict(losses), "kept": losses.kept} for layer, losses in found.layers.items()}
+    return {**asdict(found.total), "kept": found.total.kept, "layers": layers}
+
+
+def memory_beside(source: Source, n_ctx: int, reporter: Reporter) -> MemoryNeed:
+    need = memory_need(source.fields, source.tensors, ContextSettings(n_ctx))
+    for note in need.notes:
+        reporter.note(note)
+    return need
+
+
+def overhead_bytes(source: Source, base: Recipe, settings: AllocationSettings) -> int:
+    """Bytes of the file beside its expert stacks, with a recipe as long as the real one will be."""
+    units = make_units(source.stacks, {}, None)
+    problem = make_problem(units, replace(settings, bpw=None), alignment_of(source))
+    choice = smallest_choice(problem)
+    rows = np.arange(len(choice))
+    numbers = np.full(len(choice), _SOME_NUMBER)
+    placeholder = Allocation(choice, numbers, *[_SOME_NUMBER] * 3, method="highs", sensitivity=numbers)
+    provisional = _recipe(replace(base, granularity="stack"), problem, placeholder, settings, None)
+    alphas = dict.fromkeys(("alpha_median", "alpha_min", "alpha_max"), _SOME_NUMBER)
+    longest = tuple(replace(unit, **alphas) for unit in provisional.units)
+    losses = dict.fromkeys(("per_expert", "per_stack", "uniform", "kept"), _SOME_NUMBER)
+    layers = {str(unit.layer): losses for unit in longest}
+    provisional.result["stacking"] = {**losses, "layers": layers}
+    size = plan_file(source, replace(provisional, units=longest)).size
+    return size + _SETTINGS_BYTES - int(problem.size[rows, choice].sum())
+
+
+def _recipe(
+    base: Recipe,
+    problem: Problem,
+    allocation: Allocation,
+    settings: AllocationSettings,
+    measured: Measurements | None,
+) -> Recipe:
+    units = []
+    for u, unit in enumerate(problem.units):
+        # A whole expert's choice is told tensor by tensor, in the types its rows really take.
+        parts = [list(group) for _, group in groupby(unit.matrices, key=lambda m: m.stack)]
+        for matrices in parts:
+            qtype = matrix_type(matrices[0], problem.qtypes[int(allocation.choice[u])])
+            known = measured and measured.alphas
+            spread = spread_of(known[key_of(m)] for m in matrices) if known else None
+            cost = None if allocation.unit_cost is None or len(parts) > 1 else float(allocation.unit_cost[u])
+            units.append(
+                RecipeUnit(
+                    tensor=matrices[0].stack,
+                    layer=unit.bid,
+                    proj=unit.proj if len(parts) == 1 else matrices[0].proj,
+                    n_weights=sum(m.n_rows * m.n_cols for m in matrices),
+                    qtype=qtype,
+                    n_bytes=matrices_bytes(matrices, qtype),
+                    expert=unit.xid,
+                    alpha_median=spread.median if spread else None,
+                    alpha_min=spread.low if spread else None,
+                    alpha_max=spread.high if spread else None,
+                    sensitivity=None if allocation.sensitivity is None else float(allocation.sensitivity[u]),
+                    cost=cost,
+                )
+            )
+    recorded: dict[str, Any] = {
+        "strategy": settings.strategy,
+        "scope": settings.scope,
+        "bpw": settings.bpw,
+        "size_bytes": settings.size_bytes,
+        "fit_bytes": settings.fit_bytes,
+        "n_ctx": None if settings.fit_bytes is None else settings.n_ctx,
+        "gamma": settings.gamma,
+        "alpha_reference": settings.alpha_reference,
+        "seed": settings.alphas.seed,
+        "distortion": settings.distortion.kind,
+        "types": None if settings.types is None else [q.name for q in settings.types],
+        "tensor_types": [f"{pattern}={qtype.name}" for pattern, qtype in settings.overrides],
+        "alphas": measured.alpha_header if measured else {},
+        "distortions": measured.distortion_header if measured else {},
+    }
+    recipe = replace(base, settings=recorded, result={}, units=tuple(units))
+    recipe.result.update(
+        {
+            "expert_bpw": recipe.expert_bpw,
+            "expert_bytes": recipe.expert_bytes,
+            **allocation.parameters,
+            "cost": allocation.cost,
+            "lower_bound": allocation.lower_bound,
+            "gap": allocation.gap,
+            "method": allocation.method,
+            "distortion_standard_error": _relative_error(problem, allocation, measured),
+        }
+    )
+    return recipe
+
+
+def _relative_error(problem: Problem, allocation: Allocation, measured: Measurements | None) -> float | None:
+    """Standard error of the allocation's summed squared error from sampling rows, relative to the sum."""
+    if not measured or not measured.distortions:
+        return None
+    chosen = [
+        measured.distortions[key_of(m), matrix_type(m, problem.qtypes[int(allocation.choice[u])])]
+        for u, unit in enumerate(problem.units)
+        for m in unit.matrices
+    ]
+    total = sum(d.squared_error for d in chosen)
+    return float(np.sqrt(sum(d.standard_error**2 for d in chosen)) / total) if total else 0.0
