@@ -27,7 +27,7 @@ from .qtypes import QType
 from .recipe import Recipe, RecipeUnit
 from .reporter import Reporter, Silent
 from .scope import allocate_scope
-from .signals import measure_signals
+from .signals import measure_signals, needs_of
 from .spread import spread_of, warnings_about
 from .stacking import stacking_loss
 from .strategies import STRATEGIES, Allocation, Problem
@@ -58,6 +58,7 @@ def allocate(
     reporter = reporter or Silent()
     check_budget(settings)
     strategy = STRATEGIES[settings.strategy]
+    needs = needs_of(strategy, settings)
     tensor_types, fixed = choose_types(source, settings.overrides)
     units = make_units(source.stacks, fixed, settings.types, settings.granularity)
     problem = make_problem(units, settings, alignment_of(source))
@@ -74,7 +75,7 @@ def allocate(
     problem, measured = measure_signals(
         source,
         settings,
-        strategy.needs,
+        needs,
         problem,
         cache_dir=cache_dir,
         alphas_file=alphas_file,
@@ -188,6 +189,7 @@ def _recipe(
         "n_ctx": None if settings.fit_bytes is None else settings.n_ctx,
         "gamma": settings.gamma,
         "alpha_reference": settings.alpha_reference,
+        "routing_mass": settings.routing_mass,
         "seed": settings.alphas.seed,
         "distortion": settings.distortion.kind,
         "types": None if settings.types is None else [q.name for q in settings.types],

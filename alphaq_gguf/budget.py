@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .strategies.base import matrix_type
 from .tensor_types import Override
 
 DEFAULT_CONTEXT = 8192
+ROUTING_MASSES = ("none", "count", "gate2")
 SCOPES = ("global", "layer", "projection")
 
 
@@ -28,7 +30,9 @@ class AllocationSettings:
     `fit_bytes` (memory for the file, and for what running it at a context of `n_ctx` tokens takes) is given.
 
     `granularity` is what gets a type of its own, one of GRANULARITIES; `scope` is what the budget is
-    divided over evenly first, one of SCOPES.
+    divided over evenly first, one of SCOPES. `routing_mass`, one of ROUTING_MASSES, multiplies costs by how
+    much random vectors use an expert; None leaves it to the strategy. `initial_router` is a safetensors
+    file with the routers before training.
     `gamma` None asks for the rule 1 / std(ln alpha); `types` restricts the types of expert stacks;
     `overrides` set the types of single tensors.
     """
@@ -42,6 +46,8 @@ class AllocationSettings:
     strategy: str = "alphaq"
     gamma: float | None = None
     alpha_reference: str = "all"
+    routing_mass: str | None = None
+    initial_router: Path | None = None
     types: tuple[QType, ...] | None = None
     overrides: tuple[Override, ...] = ()
     alphas: AlphaSettings = field(default_factory=AlphaSettings)

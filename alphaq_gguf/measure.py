@@ -51,6 +51,7 @@ ALPHA_COLUMNS = (
     "problem",
 )
 DISTORTION_COLUMNS = ("stack", "expert", "proj", "qtype", "squared_error", "standard_error", "rows")
+VARIANCE_COLUMNS = ("stack", "expert", "proj", "row_variance")
 
 Key = tuple[str, int, str]
 """(stack name, expert, projection)."""
@@ -109,12 +110,16 @@ class Distortion:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured on a source. `alpha_header` and `distortion_header` record how."""
+    """What was measured on a source. `alpha_header` and `distortion_header` record how.
+
+    `row_variances` are the largest population variances of a row, of gate matrices.
+    """
 
     alphas: dict[Key, Alpha]
     distortions: dict[tuple[Key, QType], Distortion]
     alpha_header: dict[str, Any]
     distortion_header: dict[str, Any]
+    row_variances: dict[Key, float]
 
 
 def key_of(matrix: ExpertMatrix) -> Key:
@@ -143,6 +148,7 @@ def measure(
     distortion: DistortionSettings | None,
     qtypes: Mapping[str, tuple[QType, ...]],
     cache_dir: Path,
+    row_variances: bool = False,
     given_alphas: Path | None = None,
     device: str = "cpu",
     threads: int = 1,
@@ -155,7 +161,7 @@ def measure(
     matrix with NaN or infinite weights.
     """
     reporter = reporter or Silent()
-    meters: list[_AlphaMeter | _DistortionMeter] = []
+    meters: list[_AlphaMeter | _DistortionMeter | _VarianceMeter] = []
     found_alphas, alpha_header, alpha_meter = {}, {}, None
     if given_alphas is not None:
         alpha_header, found_alphas = load_alphas(given_alphas, source)
@@ -168,6 +174,11 @@ def measure(
         distortion_meter = _DistortionMeter(source, distortion, qtypes, cache_dir, threads)
         distortion_header, found_distortions = distortion_meter.ledger.header, distortion_meter.found
         meters.append(distortion_meter)
+    found_variances = {}
+    if row_variances:
+        variance_meter = _VarianceMeter(source, cache_dir)
+        found_variances = variance_meter.found
+        meters.append(variance_meter)
 
     matrices = [m for stack in source.stacks for m in stack.matrices]
     todo = [m for m in matrices if any(meter.needs(m) for meter in meters)]
@@ -189,7 +200,7 @@ def measure(
         raise
     for meter in meters:
         meter.ledger.close(complete=True)
-    return Measurements(found_alphas, found_distortions, alpha_header, distortion_header)
+    return Measurements(found_alphas, found_distortions, alpha_header, distortion_header, found_variances)
 
 
 class _AlphaMeter:
@@ -267,6 +278,24 @@ class _DistortionMeter:
             }
             self.ledger.append(row)
             self.found[key_of(matrix), qtype] = result
+
+
+class _VarianceMeter:
+    """Largest row variances of the gate matrices of one source."""
+
+    def __init__(self, source: Source, cache_dir: Path) -> None:
+        header = {"measured": "row variances", "schema": SCHEMA, "source": source.fingerprint}
+        self.ledger = _open_ledger(cache_dir, "row-variances", header, VARIANCE_COLUMNS)
+        self.found: dict[Key, float] = dict(self.ledger.parsed(lambda row: (_row_key(row), float(row["row_variance"]))))
+
+    def needs(self, matrix: ExpertMatrix) -> bool:
+        return matrix.proj == "gate" and key_of(matrix) not in self.found
+
+    def measure(self, matrix: ExpertMatrix, rows: np.ndarray) -> None:
+        value = float(rows.var(axis=1, dtype=np.float64).max())
+        place = {"stack": matrix.stack, "expert": matrix.xid, "proj": matrix.proj}
+        self.ledger.append({**place, "row_variance": value})
+        self.found[key_of(matrix)] = value
 
 
 def measure_alpha(

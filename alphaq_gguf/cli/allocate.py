@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ..comparison import compare_strategies, to_plain
 from ..errors import UsageError
 from ..pipeline import allocate
 from ..recipe import save_recipe, tensor_type_lines, to_json
 from ..writer import check_output, replacing, write_atomically
-from .options import AlphaOptions, BudgetOptions, MachineOptions, OutputOptions, SourceOptions, grouped
-from .show import show_recipe
+from .options import ALL_STRATEGIES, AlphaOptions, BudgetOptions, MachineOptions, OutputOptions, SourceOptions, grouped
+from .show import show_comparison, show_recipe
 
 NAME = "allocate"
 
@@ -40,6 +41,13 @@ def command(
         raise UsageError(f"--output and --tensor-type-file are the same file: {output}")
     for path in outputs:
         check_output(path, force=shown.force, inputs=source.files)
+    if settings.strategy == ALL_STRATEGIES:
+        if outputs:
+            raise UsageError("--strategy all compares strategies and saves none", "choose one to save its recipe")
+        found = compare_strategies(source, settings, alphas_file=budget.alphas, reporter=console, **machine.measuring())
+        show_comparison(console, found)
+        console.json(to_plain(found))
+        return
     recipe = allocate(source, settings, alphas_file=budget.alphas, reporter=console, **machine.measuring())
     if output is not None:
         with replacing(output) as temporary:

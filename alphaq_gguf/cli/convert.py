@@ -15,7 +15,7 @@ from ..modelfile import render_modelfile
 from ..pipeline import allocate, convert, load_recipe, plan_file
 from ..recipe import check_recipe, refuse_expert_types, save_recipe, to_json
 from ..writer import check_output, replacing, write_atomically
-from .options import AlphaOptions, BudgetOptions, MachineOptions, OutputOptions, SourceOptions, grouped
+from .options import ALL_STRATEGIES, AlphaOptions, BudgetOptions, MachineOptions, OutputOptions, SourceOptions, grouped
 from .show import show_recipe
 
 NAME = "convert"
@@ -53,6 +53,10 @@ def command(
         raise UsageError("--recipe already holds the allocation", "leave out the options of the budget")
     settings = budget.settings(alphas.settings())
     given = load_recipe(recipe) if recipe is not None else None
+    if settings.strategy == ALL_STRATEGIES:
+        raise UsageError(
+            "--strategy all compares strategies", "run it with `alphaq-gguf allocate`, and convert with one"
+        )
     refuse_expert_types(settings.granularity, "--granularity")
     source = checkpoint.open(console)
     name = budget.label or (recipe.stem if recipe else "")

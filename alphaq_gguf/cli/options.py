@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import platformdirs
 import typer
 
-from ..budget import DEFAULT_CONTEXT, SCOPES
+from ..budget import DEFAULT_CONTEXT, ROUTING_MASSES, SCOPES
 from ..checkpoint import Source, open_source
 from ..console import Console
 from ..errors import UsageError
@@ -64,11 +64,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-StrategyName: Any = StrEnum("StrategyName", [(name, name) for name in STRATEGIES])
+ALL_STRATEGIES = "all"
+StrategyName: Any = StrEnum("StrategyName", [(name, name) for name in (*STRATEGIES, ALL_STRATEGIES)])
 EstimatorName: Any = StrEnum("EstimatorName", [(name, name) for name in ESTIMATORS])
 
 
 GranularityName: Any = StrEnum("GranularityName", [(name.replace("-", "_"), name) for name in GRANULARITIES])
+RoutingMassName: Any = StrEnum("RoutingMassName", [(name, name) for name in ROUTING_MASSES])
 ScopeName: Any = StrEnum("ScopeName", [(name, name) for name in SCOPES])
 
 
@@ -187,10 +189,28 @@ class BudgetOptions:
     strategy: Annotated[
         StrategyName,  # pyright: ignore[reportInvalidTypeForm]
         typer.Option(
-            help="How bits are spent: " + "; ".join(f"{s.name}: {s.summary}" for s in STRATEGIES.values()) + ".",
+            help="How bits are spent; `alphaq-gguf strategies` says what each does, and `all` lets `allocate` compare "
+            "them.",
             rich_help_panel=_BUDGET,
         ),
     ] = StrategyName.alphaq
+    routing_mass: Annotated[
+        RoutingMassName | None,  # pyright: ignore[reportInvalidTypeForm]
+        typer.Option(
+            help="Multiply errors by how much random vectors use the expert: the share routed to it, or its mean "
+            "squared gate weight. (default: count with sim-routing, none with others)",
+            rich_help_panel=_BUDGET,
+            show_default=False,
+        ),
+    ] = None
+    initial_router: Annotated[
+        Path | None,
+        typer.Option(
+            help="With router-norm: safetensors file with the routers before training, as blk.N.ffn_gate_inp.weight.",
+            rich_help_panel=_BUDGET,
+            show_default=False,
+        ),
+    ] = None
     granularity: Annotated[
         GranularityName,  # pyright: ignore[reportInvalidTypeForm]
         typer.Option(
@@ -274,6 +294,8 @@ class BudgetOptions:
             fit_bytes=None if self.fit is None else _parse_size(self.fit, "--fit"),
             n_ctx=self.ctx or DEFAULT_CONTEXT,
             strategy=self.strategy.value,
+            routing_mass=None if self.routing_mass is None else self.routing_mass.value,
+            initial_router=self.initial_router,
             granularity=self.granularity.value,
             scope=self.scope.value,
             gamma=self.gamma,

@@ -29,11 +29,10 @@ from ..paper import (
 )
 from ..writer import check_output, write_atomically
 from .options import OutputOptions, grouped
+from .show import gap_text
 
 NAME = "paper"
 OUTPUT_COLUMNS = (*COLUMNS, "sensitivity", "bits")
-# Gap below which an allocation is called optimal: HiGHS' own tolerance.
-_PROVEN = 1e-8
 
 
 @grouped
@@ -116,9 +115,8 @@ def _show(console: Console, matrices: list[TableMatrix], found: PaperAllocation,
         rows.append([kind, *(str(counts.get(level, 0)) for level in settings.levels), f"{mean:.4g}"])
     console.table("Matrices by bits", ["module type", *map(str, settings.levels), "mean bits"], rows)
     solution = found.solution
-    near = "optimal" if solution.gap < _PROVEN else f"at most {100 * solution.gap:.2g} % above the optimum"
     console.result(f"gamma {found.gamma:.4g}")
-    console.result(f"Objective {solution.cost:.10g}, {near} (gap {solution.gap:.1e}, {solution.method})")
+    console.result(f"Objective {solution.cost:.10g}, {gap_text(solution.gap, solution.method)}")
     console.result(
         f"Mean {mean_bits(matrices, found.bits):.6g} bits of {settings.bits:g} over {len(matrices)} matrices"
     )

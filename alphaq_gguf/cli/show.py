@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from ..comparison import Comparison
 from ..console import Console, format_count
 from ..qtypes import QType, bpw
 from ..recipe import Recipe
@@ -31,6 +32,12 @@ def type_grid(cells: Iterable[tuple[int, str, QType]]) -> tuple[list[str], list[
     return ["layers", *projs], rows
 
 
+def gap_text(gap: float, method: str) -> str:
+    """How near a solution is to the optimum."""
+    near = "optimal" if gap < _PROVEN else f"at most {100 * gap:.2g} % above the optimum"
+    return f"{near} (gap {gap:.1e}, {method})"
+
+
 def show_recipe(console: Console, recipe: Recipe) -> None:
     """The allocation as a table, its budget, and how near the optimum it is."""
     if recipe.granularity == "stack":
@@ -42,8 +49,7 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
     if result.get("gamma") is not None:
         console.result(f"gamma {result['gamma']:.3g}")
     if result.get("gap") is not None:
-        near = "optimal" if result["gap"] < _PROVEN else f"at most {100 * result['gap']:.2g} % above the optimum"
-        console.result(f"Predicted error {result['cost']:.6g}, {near} (gap {result['gap']:.1e}, {result['method']})")
+        console.result(f"Predicted error {result['cost']:.6g}, {gap_text(result['gap'], result['method'])}")
     if result.get("distortion_standard_error"):
         console.result(f"Sampling error of the predicted error: {100 * result['distortion_standard_error']:.2g} %")
     if result.get("stacking"):
@@ -60,6 +66,37 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
     if result.get("memory_bytes"):
         need, ctx = format_count(result["memory_bytes"], "bytes"), recipe.settings.get("n_ctx")
         console.result(f"Memory to run it at a context of {ctx}: {need}")
+
+
+def show_comparison(console: Console, comparison: Comparison) -> None:
+    """A row a strategy, then how much their choices agree."""
+    known = [result for result in comparison.results if result.types is not None]
+    names = {name for result in known for name in result.types or {}}
+    types = [q.name for q in sorted((QType[name] for name in names), key=bpw)]
+    rows = []
+    for result in sorted(known, key=lambda r: r.squared_error or 0.0):
+        total = sum((result.types or {}).values())
+        shares = [f"{100 * (result.types or {}).get(name, 0) / total:.0f} %" for name in types]
+        size = format_count(result.expert_bytes, "bytes")
+        rows.append([result.strategy, f"{result.squared_error:.6g}", f"{result.expert_bpw:.4g}", size, *shares])
+    console.table(
+        "Strategies at one budget, by squared encoding error",
+        ["strategy", "error", "bits per weight", "size", *types],
+        rows,
+    )
+    for result in comparison.results:
+        if result.reason:
+            console.result(f"{result.strategy}: {result.reason}")
+    order = [row[0] for row in rows]
+    console.table(
+        "Rank correlation of the bits they give",
+        ["", *order],
+        [[a, *(_number(comparison.correlations[a, b]) for b in order)] for a in order],
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _expert_grid(recipe: Recipe) -> tuple[list[str], list[list[str]]]:

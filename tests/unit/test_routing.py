@@ -22,7 +22,8 @@ from alphaq_gguf.measure import Distortion, key_of
 from alphaq_gguf.qtypes import QType, row_bytes
 from alphaq_gguf.routing import Mass, Router, read_routers, route, simulate
 from alphaq_gguf.strategies import Problem, Unit
-from alphaq_gguf.strategies.sim_routing import FLOOR, SimRouting
+from alphaq_gguf.strategies.base import MASS_FLOOR
+from alphaq_gguf.strategies.sim_routing import SimRouting
 
 WIDTH = 4096
 N = 1 << 14
@@ -62,10 +63,10 @@ def test_a_row_that_drowns_the_others_is_chosen_for_every_second_vector(where):
 
 
 def test_a_selection_bias_chooses_an_expert_without_changing_its_gate_weight():
-    bias = np.array([0, 0, 9, 0], np.float32)
+    bias = np.array([9, 0, -9, 0], np.float32)
     mass = simulate(router(np.zeros((4, WIDTH)), 2, gating=Gating.SIGMOID, selection_bias=bias, scale=3.0), 100)
-    assert mass.count[2] == 1
-    assert mass.gate2[2] == pytest.approx((3 * 0.5) ** 2)
+    assert (mass.count[0], mass.count[2]) == (1, 0)
+    assert mass.gate2[0] == pytest.approx((3 * 0.5) ** 2)
 
 
 def test_groups_rank_by_the_sum_of_their_best_two():
@@ -319,6 +320,6 @@ def test_an_expert_that_no_vector_reached_still_costs():
     small, large = (row_bytes(qtype, 256) for qtype in (QType.Q2_K, QType.Q6_K))
     found = SimRouting().allocate(problem([0.0, 0.5, 0.5], small + 2 * large))
     assert list(found.choice) == [0, 1, 1]
-    assert found.cost == pytest.approx(FLOOR / 3 + 0.1 * (0.5 + 0.5))
+    assert found.cost == pytest.approx(MASS_FLOOR / 3 + 0.1 * (0.5 + 0.5))
     # With bytes to spare it gets them.
     assert list(SimRouting().allocate(problem([0.0, 0.5, 0.5], 3 * large)).choice) == [1, 1, 1]

@@ -17,6 +17,7 @@ from alphaq_gguf.measure import Alpha, Distortion, key_of
 from alphaq_gguf.qtypes import K_TYPES, LEGACY_TYPES, NOMINAL_BITS, QType, bpw, row_bytes, stock_substitute
 from alphaq_gguf.strategies import STRATEGIES, Problem, Unit
 from alphaq_gguf.strategies.alphaq import MAX_GAMMA, choose_gamma, sensitivities
+from alphaq_gguf.strategies.base import NEEDS
 
 
 def alpha(value: float | None, spectrum: str = "farms", variance: float = 1.0) -> Alpha:
@@ -267,7 +268,8 @@ def test_every_strategy_is_registered_under_its_name_with_a_summary():
     for name, strategy in STRATEGIES.items():
         assert strategy.name == name
         assert strategy.summary
-        assert strategy.needs <= {"alphas", "distortions"}
+        assert strategy.source
+        assert strategy.needs <= NEEDS.keys()
 
 
 def mixed_units() -> list[Unit]:

@@ -1,0 +1,130 @@
+"""All strategies on one model at one budget: predicted error, bytes, types, and how much they agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from .allocation import memory_beside, overhead_bytes
+from .budget import AllocationSettings, budget_bytes, check_budget, make_problem, make_units, matrices_bytes
+from .checkpoint import Source
+from .errors import AlphaQError
+from .layout import alignment_of
+from .qtypes import bpw
+from .recipe import Recipe
+from .reporter import Reporter, Silent
+from .scope import allocate_scope
+from .signals import measure_signals, needs_of
+from .strategies import STRATEGIES, Problem
+from .strategies.base import matrix_distortion, matrix_type
+from .tensor_types import choose_types
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one strategy made of the budget; `reason` says why it could not, and the rest is then empty.
+
+    `squared_error` is the encoding error of all expert weights, the same measure for every strategy;
+    `types` counts weights by type.
+    """
+
+    strategy: str
+    squared_error: float | None = None
+    expert_bytes: int = 0
+    expert_bpw: float = 0.0
+    types: dict[str, int] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`correlations`: Spearman's of bits per unit by pair of strategies, None where one of them is constant."""
+
+    results: tuple[Result, ...]
+    correlations: dict[tuple[str, str], float | None]
+
+
+def compare_strategies(
+    source: Source,
+    settings: AllocationSettings,
+    *,
+    cache_dir: Path,
+    alphas_file: Path | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    reporter: Reporter | None = None,
+) -> Comparison:
+    """Let every strategy spend the same budget on `source`; `settings.strategy` is not looked at.
+
+    BudgetError when nothing fits the budget.
+    """
+    reporter = reporter or Silent()
+    check_budget(settings)
+    tensor_types, fixed = choose_types(source, settings.overrides)
+    units = make_units(source.stacks, fixed, settings.types, settings.granularity)
+    problem = make_problem(units, settings, alignment_of(source))
+    file_limit = settings.size_bytes
+    if settings.fit_bytes is not None:
+        file_limit = settings.fit_bytes - memory_beside(source, settings.n_ctx, reporter).beside_weights
+    base = Recipe("", source.fingerprint, source.architecture, {}, {}, (), tensor_types)
+    overhead = 0 if file_limit is None else overhead_bytes(source, base, settings)
+    budget = budget_bytes(settings, problem, overhead, file_limit)
+    needs = frozenset({"distortions"}).union(*(s.needs for s in STRATEGIES.values()))
+    problem, _ = measure_signals(
+        source,
+        settings,
+        needs,
+        problem,
+        cache_dir=cache_dir,
+        alphas_file=alphas_file,
+        device=device,
+        threads=threads,
+        reporter=reporter,
+    )
+    problem = replace(problem, budget=budget)
+    results, bits = [], {}
+    for name, strategy in STRATEGIES.items():
+        try:
+            # Only those that ask for masses may see them, because they weigh every cost table.
+            own = problem if "routing" in needs_of(strategy, settings) else replace(problem, masses={})
+            choice = allocate_scope(strategy, own, settings.scope).choice
+        except AlphaQError as error:
+            results.append(Result(name, reason=error.message))
+            continue
+        results.append(_result(name, problem, choice))
+        bits[name] = np.array([bpw(problem.qtypes[int(t)]) for t in choice])
+    pairs = {(a, b): _correlate(bits[a], bits[b]) for a in bits for b in bits}
+    return Comparison(tuple(results), pairs)
+
+
+def _result(name: str, problem: Problem, choice: np.ndarray) -> Result:
+    error, n_bytes, types = 0.0, 0, Counter()
+    for unit, t in zip(problem.units, choice, strict=True):
+        qtype = problem.qtypes[int(t)]
+        n_bytes += matrices_bytes(unit.matrices, qtype)
+        for matrix in unit.matrices:
+            error += matrix_distortion(problem, matrix, qtype)
+            types[matrix_type(matrix, qtype).name] += matrix.n_rows * matrix.n_cols
+    n_weights = sum(unit.n_weights for unit in problem.units)
+    return Result(name, error, n_bytes, n_bytes * 8 / n_weights, dict(types))
+
+
+def _correlate(a: np.ndarray, b: np.ndarray) -> float | None:
+    if len(a) < 2 or a.min() == a.max() or b.min() == b.max():
+        return None
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+
+
+def to_plain(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as plain values."""
+    return {
+        "strategies": [result.__dict__ for result in comparison.results],
+        "rank_correlations": [
+            {"strategies": list(pair), "spearman": value} for pair, value in comparison.correlations.items()
+        ],
+    }
