@@ -190,6 +190,7 @@ def _recipe(
         "gamma": settings.gamma,
         "alpha_reference": settings.alpha_reference,
         "routing_mass": settings.routing_mass,
+        "initial_router": None if settings.initial_router is None else settings.initial_router.name,
         "seed": settings.alphas.seed,
         "distortion": settings.distortion.kind,
         "types": None if settings.types is None else [q.name for q in settings.types],

@@ -91,7 +91,8 @@ def compare_strategies(
     for name, strategy in STRATEGIES.items():
         try:
             # Only those that ask for masses may see them, because they weigh every cost table.
-            own = problem if "routing" in needs_of(strategy, settings) else replace(problem, masses={})
+            shared = settings if "router" in strategy.needs else replace(settings, initial_router=None)
+            own = problem if "routing" in needs_of(strategy, shared) else replace(problem, masses={})
             choice = allocate_scope(strategy, own, settings.scope).choice
         except AlphaQError as error:
             results.append(Result(name, reason=error.message))

@@ -14,6 +14,7 @@ from .gguf_file import Field, TensorInfo, build_header, make_field
 from .qtypes import QType, file_type
 from .recipe import Recipe, to_json
 
+_SIZES = ("file_bytes", "memory_bytes")
 # Keys that describe the output and not the source.
 _OWN_KEYS = ("general.file_type", "general.quantization_version", "general.quantized_by")
 
@@ -62,9 +63,9 @@ def _output_fields(source: Source, recipe: Recipe, infos: Sequence[TensorInfo]) 
             own.append((f"alphaq.budget_{key}", vtype, recipe.settings[key]))
     if recipe.result.get("gamma") is not None:
         own.append(("alphaq.gamma", GGUFValueType.FLOAT32, recipe.result["gamma"]))
-    # The file's own tensor table holds the other tensors' types, and file_bytes would describe the very
+    # The file's own tensor table holds the other tensors' types, and its size would describe the very
     # file it is in: leaving both out keeps the metadata small and the layout free of a cycle.
     data = {key: value for key, value in to_json(recipe).items() if key != "tensors"}
-    data["result"] = {key: value for key, value in data["result"].items() if key != "file_bytes"}
+    data["result"] = {key: value for key, value in data["result"].items() if key not in _SIZES}
     own.append(("alphaq.recipe", GGUFValueType.STRING, json.dumps(data, separators=(",", ":"))))
     return kept + [make_field(*entry) for entry in own]

@@ -59,7 +59,7 @@ def measure_signals(
 
 
 def needs_of(strategy: Strategy, settings: AllocationSettings) -> frozenset[str]:
-    """What a strategy needs under these settings; UsageError for a routing mass it has no use for."""
+    """What a strategy needs under these settings; UsageError for a routing mass or router it has no use for."""
     asked = settings.routing_mass not in (None, "none")
     if asked and "distortions" not in strategy.needs:
         raise UsageError(
@@ -68,6 +68,8 @@ def needs_of(strategy: Strategy, settings: AllocationSettings) -> frozenset[str]
         )
     if settings.routing_mass == "none" and "routing" in strategy.needs:
         raise UsageError(f"--routing-mass none: {strategy.name} is nothing else", "use --strategy mse")
+    if settings.initial_router is not None and "router" not in strategy.needs:
+        raise UsageError(f"--initial-router: {strategy.name} looks at no router norms", "use --strategy router-norm")
     return strategy.needs | ({"routing"} if asked else set())
 
 

@@ -78,7 +78,7 @@ def score(path: Path, windows: list[list[int]], reference: Path | None, scratch:
     Without `reference` the file's own log-probabilities are stored in `scratch` for later calls.
     """
     losses, divergences, same = [], [], []
-    with LlamaModel(path, n_ctx=len(windows[0]), threads=os.cpu_count()) as model:
+    with LlamaModel(path, n_ctx=len(windows[0]), threads=os.cpu_count(), exact=True) as model:
         for i, window in enumerate(windows):
             logp, loss = model.score(window)
             losses.append(loss)

@@ -9,6 +9,7 @@ from .base import NEEDS, Allocation, Problem, Strategy, Unit
 from .inverse_alpha import InverseAlpha
 from .mse import MeanSquaredError
 from .random import Random
+from .router_norm import RouterNorm
 from .sim_routing import SimRouting
 from .uniform import Uniform
 
@@ -18,7 +19,7 @@ ENTRY_POINTS = "alphaq_gguf.strategies"
 """The entry point group whose objects are strategies, as instances or classes."""
 
 STRATEGIES: dict[str, Strategy] = {
-    s.name: s for s in (AlphaQ(), SimRouting(), MeanSquaredError(), Uniform(), Random(), InverseAlpha())
+    s.name: s for s in (AlphaQ(), SimRouting(), RouterNorm(), MeanSquaredError(), Uniform(), Random(), InverseAlpha())
 }
 
 BROKEN: dict[str, str] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -37,12 +36,13 @@ class RouterNorm:
         # Tables by expert in order of precision, one layer after another: [experts, levels] of bytes.
         columns = _level_columns(problem, bits)
         unit_size = np.take_along_axis(problem.size, columns, axis=1)
-        size = np.array([unit_size[units].sum(axis=0) for layer in layers for units in layer])
+        experts = [units for layer in layers for units in layer]
+        size = np.array([unit_size[units].sum(axis=0) for units in experts])
         lengths = [len(layer) for layer in layers]
         chosen, average, top = _highest_average(size, lengths, bits, problem.budget)
         _raise_experts(chosen, size, lengths, top, problem.budget)
         choice = np.zeros(len(problem.units), dtype=np.int64)
-        for level, units in zip(chosen, (units for layer in layers for units in layer), strict=True):
+        for level, units in zip(chosen, experts, strict=True):
             choice[units] = columns[units, level]
         return Allocation(choice, method="router norm order", parameters={"average_bits": average})
 
@@ -131,29 +131,30 @@ def _order_experts(problem: Problem) -> list[list[list[int]]]:
 
 
 def _level_columns(problem: Problem, bits: Sequence[int]) -> np.ndarray:
-    """The column of each unit's type at each level, int [units, levels].
-
-    That is the type with these nominal bits, else the next larger one, else the largest; among equal bits the
-    smallest, then a K-quant, then IQ4_NL.
-    """
-
-    def columns_of(allowed: np.ndarray, size: np.ndarray) -> list[int]:
-        def preference(t: int, b: int) -> tuple[bool, int, int, int, int]:
-            qtype = problem.qtypes[t]
-            nominal = NOMINAL_BITS[qtype]
-            return nominal < b, abs(nominal - b), int(size[t]), -block_size(qtype), -qtype.value
-
-        options = [int(t) for t in np.flatnonzero(allowed)]
-        return [min(options, key=partial(preference, b=b)) for b in bits]
-
+    """The column of each unit's type at each level, int [units, levels]."""
     known: dict[tuple[bytes, bytes], list[int]] = {}
     rows = []
-    for allowed, size in zip(problem.allowed, problem.size, strict=True):
-        key = allowed.tobytes(), size.tobytes()
+    for u in range(len(problem.units)):
+        # Experts of one stack share their row of the table, and there may be tens of thousands of them.
+        key = problem.allowed[u].tobytes(), problem.size[u].tobytes()
         if key not in known:
-            known[key] = columns_of(allowed, size)
+            known[key] = [_column_at(problem, u, b) for b in bits]
         rows.append(known[key])
     return np.array(rows)
+
+
+def _column_at(problem: Problem, u: int, bits: int) -> int:
+    """The column of the type with these nominal bits, else of the next larger one, else of the largest.
+
+    Among equal bits the smallest, then a K-quant, then IQ4_NL.
+    """
+
+    def preference(t: int) -> tuple[bool, int, int, int, int]:
+        qtype = problem.qtypes[t]
+        nominal = NOMINAL_BITS[qtype]
+        return nominal < bits, abs(nominal - bits), int(problem.size[u, t]), -block_size(qtype), -qtype.value
+
+    return min((int(t) for t in np.flatnonzero(problem.allowed[u])), key=preference)
 
 
 def _highest_average(

@@ -58,7 +58,7 @@ def test_rows_that_no_k_quant_fits_are_named(tmp_path: Path, cli) -> None:
     assert "down: rows of 352 are no multiple of 256: no Q2_K to Q6_K, at least Q4_0 (4.5 bits)" in out
 
 
-def test_a_file_that_fits_leaves_room_for_what_running_it_takes(tiny: Path, cli) -> None:
+def test_a_file_that_fits_leaves_room_for_what_running_it_takes(tiny: Path, tmp_path: Path, cli) -> None:
     source = open_source(tiny)
     beside = memory_need(source.fields, source.tensors, ContextSettings(4096)).beside_weights
     smallest = plan(cli, tiny, "--ctx", 4096)["least_bytes"]
@@ -69,6 +69,9 @@ def test_a_file_that_fits_leaves_room_for_what_running_it_takes(tiny: Path, cli)
     # The same file by its size: nothing but the name of the budget differs in its metadata.
     by_size = allocated(cli, tiny, "--size", fit - beside)
     assert by_size["expert_bytes"] == result["expert_bytes"]
+    out = tmp_path / "out.gguf"
+    assert cli("convert", tiny, "-o", out, "--fit", fit, "--ctx", 4096, "--strategy", "mse")[0] == 0
+    assert out.stat().st_size == result["file_bytes"]
 
 
 def test_each_memory_size_of_the_plan_is_what_fit_gives(tmp_path: Path, cli, monkeypatch) -> None:

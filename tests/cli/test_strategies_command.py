@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from scipy.stats import spearmanr
 from unit.small_sources import expert_tensors, write_gguf
 
@@ -16,6 +18,7 @@ from alphaq_gguf.checkpoint import open_source
 from alphaq_gguf.qtypes import QType, bpw
 from alphaq_gguf.routing import read_routers, simulate
 from alphaq_gguf.strategies import STRATEGIES
+from alphaq_gguf.strategies.router_norm import order_by_norm, promote
 
 PLUGIN = """
 import numpy as np
@@ -166,3 +169,59 @@ def test_a_model_without_routers_is_named(tmp_path: Path, cli) -> None:
     code, _, err = cli("allocate", path, "--bpw", 4, "--strategy", "sim-routing")
     assert code == 1
     assert "ffn_gate_inp" in err
+
+
+def test_router_norms_and_row_variances_reach_their_strategy(trained: Path, tmp_path: Path, cli) -> None:
+    common = (
+        "allocate",
+        trained,
+        "--bpw",
+        3.3,
+        "--strategy",
+        "router-norm",
+        "--granularity",
+        "expert-shared",
+        "--json",
+    )
+    code, out, err = cli(*common)
+    assert code == 0, err
+    units = json.loads(out)["units"]
+    source = open_source(trained)
+    routers = read_routers(source)
+    for bid in (0, 1):
+        norms = [float(np.linalg.norm(row)) for row in routers[bid].weights.astype(np.float64)]
+        gates = [m for s in source.stacks if (s.bid, s.proj) == (bid, "gate") for m in s.matrices]
+        variances = [float(source.read_matrix(m).astype(np.float64).var(axis=1).max()) for m in gates]
+        order = promote(order_by_norm(norms), variances)
+        bits = {u["expert"]: bpw(QType[u["qtype"]]) for u in units if (u["layer"], u["proj"]) == (bid, "gate")}
+        given = [bits[xid] for xid in order]
+        assert given == sorted(given, reverse=True)
+        assert len(set(given)) > 1
+    # With the routers before training, only the growth of the norms counts.
+    initial = tmp_path / "initial.safetensors"
+    tensors = {f"blk.{bid}.ffn_gate_inp.weight": router.weights * 0.5 for bid, router in routers.items()}
+    tensors["blk.0.ffn_gate_inp.weight"][order_by_norm(list(np.linalg.norm(routers[0].weights, axis=1)))[-1]] *= 1.99
+    save_file(tensors, initial)
+    code, out, err = cli(*common, "--initial-router", initial)
+    assert code == 0, err
+    assert json.loads(out)["units"] != units
+    assert json.loads(out)["settings"]["initial_router"] == "initial.safetensors"
+
+
+def test_router_norm_in_the_wrong_place(trained: Path, tmp_path: Path, cli) -> None:
+    code, _, err = cli("allocate", trained, "--bpw", 4, "--strategy", "router-norm")
+    assert code == 2
+    assert "--granularity expert" in err
+    lacking = tmp_path / "lacking.safetensors"
+    save_file({"blk.0.ffn_gate_inp.weight": np.zeros((3, 3), np.float32)}, lacking)
+    common = ("allocate", trained, "--bpw", 4, "--granularity", "expert", "--initial-router", lacking)
+    code, _, err = cli(*common, "--strategy", "router-norm")
+    assert code == 1
+    assert "has shape [3, 3], the model's router [8, 256]" in err
+    code, _, err = cli(*common, "--strategy", "mse")
+    assert code == 2
+    assert "mse looks at no router norms" in err
+    lacking.write_bytes(b"nonsense")
+    code, _, err = cli(*common, "--strategy", "router-norm")
+    assert code == 1
+    assert "corrupt safetensors" in err
