@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -56,27 +56,14 @@ def allocate(
     BudgetError, before anything is measured, when no allocation fits; it names the feasible range.
     """
     reporter = reporter or Silent()
-    check_budget(settings)
     strategy = STRATEGIES[settings.strategy]
     needs = needs_of(strategy, settings)
-    tensor_types, fixed = choose_types(source, settings.overrides)
-    units = make_units(source.stacks, fixed, settings.types, settings.granularity)
-    problem = make_problem(units, settings, alignment_of(source))
-    base = Recipe(
-        TOOL, source.fingerprint, source.architecture, {}, {}, (), tensor_types, granularity=settings.granularity
-    )
-    need = None if settings.fit_bytes is None else memory_beside(source, settings.n_ctx, reporter)
-    file_limit = settings.size_bytes
-    if settings.fit_bytes is not None and need is not None:
-        file_limit = settings.fit_bytes - need.beside_weights
-    overhead = 0 if file_limit is None else overhead_bytes(source, base, settings)
-    budget = budget_bytes(settings, problem, overhead, file_limit)
-
+    frame = frame_problem(source, settings, reporter)
     problem, measured = measure_signals(
         source,
         settings,
         needs,
-        problem,
+        frame.problem,
         cache_dir=cache_dir,
         alphas_file=alphas_file,
         device=device,
@@ -86,20 +73,54 @@ def allocate(
     if "alphas" in strategy.needs:
         for line in warnings_about(measured.alphas):
             reporter.warn(line)
+    budget = frame.problem.budget
     while True:
         allocation = allocate_scope(strategy, replace(problem, budget=budget), settings.scope)
-        recipe = _recipe(base, problem, allocation, settings, measured)
-        recipe.result["stacking"] = _stacking(source, fixed, settings, problem, allocation, recipe)
+        recipe = _recipe(frame.base, problem, allocation, settings, measured)
+        recipe.result["stacking"] = _stacking(source, frame.fixed, settings, problem, allocation, recipe)
         if settings.granularity != "stack":
             return recipe
         recipe.result["file_bytes"] = plan_file(source, recipe).size
-        if need is not None:
-            recipe.result["memory_bytes"] = recipe.result["file_bytes"] + need.beside_weights
+        if frame.need is not None:
+            recipe.result["memory_bytes"] = recipe.result["file_bytes"] + frame.need.beside_weights
         # The recipe travels in the file's metadata, so its own length can push the file over by a few bytes.
-        excess = 0 if file_limit is None else recipe.result["file_bytes"] - file_limit
+        excess = 0 if frame.file_limit is None else recipe.result["file_bytes"] - frame.file_limit
         if excess <= 0:
             return recipe
         budget -= excess
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What every allocation of a source is made within: the problem with its budget, and a recipe without units.
+
+    `fixed` are the types the user set for stacks; `file_limit` and `need` are there when the budget
+    is a file size or memory.
+    """
+
+    base: Recipe
+    problem: Problem
+    fixed: dict[str, QType]
+    file_limit: int | None
+    need: MemoryNeed | None
+
+
+def frame_problem(source: Source, settings: AllocationSettings, reporter: Reporter) -> Frame:
+    """Units, sizes and budget; UsageError or BudgetError when they make no sense, before anything is measured."""
+    check_budget(settings)
+    tensor_types, fixed = choose_types(source, settings.overrides)
+    units = make_units(source.stacks, fixed, settings.types, settings.granularity)
+    problem = make_problem(units, settings, alignment_of(source))
+    base = Recipe(
+        TOOL, source.fingerprint, source.architecture, {}, {}, (), tensor_types, granularity=settings.granularity
+    )
+    need, file_limit = None, settings.size_bytes
+    if settings.fit_bytes is not None:
+        need = memory_beside(source, settings.n_ctx, reporter)
+        file_limit = settings.fit_bytes - need.beside_weights
+    overhead = 0 if file_limit is None else overhead_bytes(source, base, settings)
+    budget = budget_bytes(settings, problem, overhead, file_limit)
+    return Frame(base, replace(problem, budget=budget), fixed, file_limit, need)
 
 
 def _stacking(

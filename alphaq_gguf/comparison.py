@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from .allocation import memory_beside, overhead_bytes
-from .budget import AllocationSettings, budget_bytes, check_budget, make_problem, make_units, matrices_bytes
+from .allocation import frame_problem
+from .budget import AllocationSettings, matrices_bytes
 from .checkpoint import Source
 from .errors import AlphaQError
-from .layout import alignment_of
 from .qtypes import bpw
-from .recipe import Recipe
 from .reporter import Reporter, Silent
 from .scope import allocate_scope
 from .signals import measure_signals, needs_of
 from .strategies import STRATEGIES, Problem
 from .strategies.base import matrix_distortion, matrix_type
-from .tensor_types import choose_types
 
 
 @dataclass(frozen=True)
@@ -64,29 +61,18 @@ def compare_strategies(
     BudgetError when nothing fits the budget.
     """
     reporter = reporter or Silent()
-    check_budget(settings)
-    tensor_types, fixed = choose_types(source, settings.overrides)
-    units = make_units(source.stacks, fixed, settings.types, settings.granularity)
-    problem = make_problem(units, settings, alignment_of(source))
-    file_limit = settings.size_bytes
-    if settings.fit_bytes is not None:
-        file_limit = settings.fit_bytes - memory_beside(source, settings.n_ctx, reporter).beside_weights
-    base = Recipe("", source.fingerprint, source.architecture, {}, {}, (), tensor_types)
-    overhead = 0 if file_limit is None else overhead_bytes(source, base, settings)
-    budget = budget_bytes(settings, problem, overhead, file_limit)
     needs = frozenset({"distortions"}).union(*(s.needs for s in STRATEGIES.values()))
     problem, _ = measure_signals(
         source,
         settings,
         needs,
-        problem,
+        frame_problem(source, settings, reporter).problem,
         cache_dir=cache_dir,
         alphas_file=alphas_file,
         device=device,
         threads=threads,
         reporter=reporter,
     )
-    problem = replace(problem, budget=budget)
     results, bits = [], {}
     for name, strategy in STRATEGIES.items():
         try:

@@ -112,7 +112,7 @@ class Distortion:
 class Measurements:
     """What was measured on a source. `alpha_header` and `distortion_header` record how.
 
-    `row_variances` are the largest population variances of a row, of gate matrices.
+    `row_variances` are the largest population variances of a row, of each expert's first matrix.
     """
 
     alphas: dict[Key, Alpha]
@@ -281,15 +281,17 @@ class _DistortionMeter:
 
 
 class _VarianceMeter:
-    """Largest row variances of the gate matrices of one source."""
+    """Largest row variances of each expert's first matrix: gate, or up in layers without gates."""
 
     def __init__(self, source: Source, cache_dir: Path) -> None:
+        self.gated = {stack.bid for stack in source.stacks if stack.proj in ("gate", "gate_up")}
         header = {"measured": "row variances", "schema": SCHEMA, "source": source.fingerprint}
         self.ledger = _open_ledger(cache_dir, "row-variances", header, VARIANCE_COLUMNS)
         self.found: dict[Key, float] = dict(self.ledger.parsed(lambda row: (_row_key(row), float(row["row_variance"]))))
 
     def needs(self, matrix: ExpertMatrix) -> bool:
-        return matrix.proj == "gate" and key_of(matrix) not in self.found
+        first = "gate" if matrix.bid in self.gated else "up"
+        return matrix.proj == first and key_of(matrix) not in self.found
 
     def measure(self, matrix: ExpertMatrix, rows: np.ndarray) -> None:
         value = float(rows.var(axis=1, dtype=np.float64).max())

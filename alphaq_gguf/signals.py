@@ -59,7 +59,12 @@ def measure_signals(
 
 
 def needs_of(strategy: Strategy, settings: AllocationSettings) -> frozenset[str]:
-    """What a strategy needs under these settings; UsageError for a routing mass or router it has no use for."""
+    """What a strategy needs under these settings; UsageError for an option it has no use for."""
+    if settings.granularity == "stack" and getattr(strategy, "experts_only", False):
+        raise UsageError(
+            f"{strategy.name} orders the experts of a layer, but a stack has one type for all of them",
+            "use --granularity expert or expert-shared",
+        )
     asked = settings.routing_mass not in (None, "none")
     if asked and "distortions" not in strategy.needs:
         raise UsageError(

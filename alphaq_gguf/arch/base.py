@@ -165,6 +165,22 @@ class Planner:
         if tensor in self.shapes:
             self.add(gguf_name, tensor, shape=shape)
 
+    def add_ends(self, config: Config, *, tied_output: bool = True) -> None:
+        """Token embedding, final norm and output; a tied output is left out.
+
+        Without `tied_output` llama.cpp's architecture knows none, and a tied embedding is written twice.
+        """
+        n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        is_tied = bool(config.get("tie_word_embeddings", False))
+        self.add("token_embd.weight", embedding, shape=(n_vocab, n_embd))
+        self.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
+        if not tied_output:
+            is_tied = is_tied or head not in self.shapes
+            self.add("output.weight", embedding if is_tied else head, shape=(n_vocab, n_embd))
+        elif not is_tied:
+            self.add("output.weight", head, shape=(n_vocab, n_embd))
+
     def add_attention(
         self,
         bid: int,

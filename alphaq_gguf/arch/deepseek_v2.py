@@ -67,10 +67,10 @@ class DeepseekV2(Family):
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         config = config.with_defaults(self.defaults)
-        n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
+        n_embd = config.need("hidden_size")
         n_experts, n_ff = config.n_experts, config.need("moe_intermediate_size")
         plan = Planner(shapes, config.where)
-        plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
+        plan.add_ends(config)
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
@@ -84,9 +84,6 @@ class DeepseekV2(Family):
                 plan.add(f"{out}.exp_probs_b.bias", f"{hf}.mlp.gate.e_score_correction_bias", shape=(n_experts,))
             plan.add_experts(bid, f"{hf}.mlp.experts", n_experts, n_ff, n_embd)
             plan.add_mlp(bid, f"{hf}.mlp.shared_experts", config.need("n_shared_experts") * n_ff, n_embd, "_shexp")
-        plan.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
-        if not config.get("tie_word_embeddings", False):
-            plan.add("output.weight", "lm_head.weight", shape=(n_vocab, n_embd))
         return plan.plans
 
     def add_metadata(self, config: Config, writer: GGUFWriter) -> None:

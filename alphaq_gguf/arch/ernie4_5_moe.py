@@ -40,13 +40,13 @@ class Ernie45Moe(Family):
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         config = config.with_defaults(self.defaults)
-        n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
+        n_embd = config.need("hidden_size")
         heads = config.need("num_attention_heads")
         head_dim = config.get("head_dim") or n_embd // heads
         n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         n_experts, n_ff = config.n_experts, config.need("moe_intermediate_size")
         plan = Planner(shapes, config.where)
-        plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
+        plan.add_ends(config)
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
@@ -60,9 +60,6 @@ class Ernie45Moe(Family):
             plan.add_experts(bid, f"{hf}.mlp.experts", n_experts, n_ff, n_embd)
             if n_shared := config["moe_num_shared_experts"]:
                 plan.add_mlp(bid, f"{hf}.mlp.shared_experts", n_shared * n_ff, n_embd, "_shexp")
-        plan.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
-        if not config["tie_word_embeddings"]:
-            plan.add("output.weight", "lm_head.weight", shape=(n_vocab, n_embd))
         return plan.plans
 
     def add_metadata(self, config: Config, writer: GGUFWriter) -> None:

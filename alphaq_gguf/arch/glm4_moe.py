@@ -44,7 +44,7 @@ class Glm4Moe(Family):
         n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         n_experts, n_ff = config.n_experts, config.need("moe_intermediate_size")
         plan = Planner(shapes, config.where)
-        plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
+        plan.add_ends(config)
         for bid in range(n_layers + (config.get("num_nextn_predict_layers") or 0)):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             if bid >= n_layers:
@@ -62,9 +62,6 @@ class Glm4Moe(Family):
             plan.add(f"{out}.exp_probs_b.bias", f"{hf}.mlp.gate.e_score_correction_bias", shape=(n_experts,))
             plan.add_experts(bid, f"{hf}.mlp.experts", n_experts, n_ff, n_embd)
             plan.add_mlp(bid, f"{hf}.mlp.shared_experts", config.need("n_shared_experts") * n_ff, n_embd, "_shexp")
-        plan.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
-        if not config.get("tie_word_embeddings", False):
-            plan.add("output.weight", "lm_head.weight", shape=(n_vocab, n_embd))
         return plan.plans
 
     def add_metadata(self, config: Config, writer: GGUFWriter) -> None:

@@ -24,11 +24,11 @@ class GptOss(Family):
         refuse_variants(config, self.gguf_arch, refused)
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
-        n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
+        n_embd = config.need("hidden_size")
         heads, head_dim = config.need("num_attention_heads"), config.need("head_dim")
         n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         plan = Planner(shapes, config.where)
-        plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
+        plan.add_ends(config, tied_output=False)
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
@@ -38,10 +38,6 @@ class GptOss(Family):
             plan.add(f"{out}.ffn_gate_inp.weight", f"{hf}.mlp.router.weight", shape=(config.n_experts, n_embd))
             plan.add(f"{out}.ffn_gate_inp.bias", f"{hf}.mlp.router.bias", shape=(config.n_experts,))
             _add_experts(plan, bid, config.n_experts, config.need("intermediate_size"), n_embd)
-        plan.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
-        # llama.cpp's gpt-oss has no tied output, so a tied checkpoint's embedding is written twice.
-        head = "model.embed_tokens.weight" if config.get("tie_word_embeddings", False) else "lm_head.weight"
-        plan.add("output.weight", head, shape=(n_vocab, n_embd))
         return plan.plans
 
     def remarks(self, config: Config) -> list[str]:

@@ -40,14 +40,14 @@ class GraniteMoe(Family):
         refuse_variants(config, self.gguf_arch, refused)
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
-        n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
+        n_embd = config.need("hidden_size")
         heads = config.need("num_attention_heads")
         head_dim = n_embd // heads
         n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         n_experts, n_ff = config.n_experts, config.need("intermediate_size")
         n_shared = config.get("shared_intermediate_size") or 0
         plan = Planner(shapes, config.where)
-        plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
+        plan.add_ends(config)
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             shared, names = f"{hf}.shared_mlp", _SAVED_NAMES
@@ -72,9 +72,6 @@ class GraniteMoe(Family):
                         stored=(2 * n_shared, n_embd),
                     )
                 plan.add(f"{out}.ffn_down_shexp.weight", f"{shared}.output_linear.weight", shape=(n_embd, n_shared))
-        plan.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
-        if not config.get("tie_word_embeddings", False):
-            plan.add("output.weight", "lm_head.weight", shape=(n_vocab, n_embd))
         return plan.plans
 
     def add_metadata(self, config: Config, writer: GGUFWriter) -> None:

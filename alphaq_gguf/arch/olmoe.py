@@ -25,11 +25,11 @@ class Olmoe(Family):
         refuse_variants(config, self.gguf_arch, refused)
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
-        n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
+        n_embd = config.need("hidden_size")
         head_dim = n_embd // config.need("num_attention_heads")
         n_experts, n_ff = config.n_experts, config.need("intermediate_size")
         plan = Planner(shapes, config.where)
-        plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
+        plan.add_ends(config, tied_output=False)
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
@@ -37,10 +37,6 @@ class Olmoe(Family):
             plan.add(f"{out}.ffn_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
             plan.add(f"{out}.ffn_gate_inp.weight", f"{hf}.mlp.gate.weight", shape=(n_experts, n_embd))
             plan.add_experts(bid, f"{hf}.mlp.experts", n_experts, n_ff, n_embd)
-        plan.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
-        # llama.cpp's olmoe has no tied output, so a tied checkpoint's embedding is written twice.
-        head = "model.embed_tokens.weight" if config.get("tie_word_embeddings", False) else "lm_head.weight"
-        plan.add("output.weight", head, shape=(n_vocab, n_embd))
         return plan.plans
 
     def add_metadata(self, config: Config, writer: GGUFWriter) -> None:

@@ -24,14 +24,14 @@ class Qwen2Moe(Family):
         refuse_variants(config, self.gguf_arch, refused)
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
-        n_embd, n_vocab = config.need("hidden_size"), config.need("vocab_size")
+        n_embd = config.need("hidden_size")
         heads = config.need("num_attention_heads")
         head_dim = n_embd // heads
         n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         n_experts, n_ff = config.n_experts, config.need("moe_intermediate_size")
         n_shared = config.need("shared_expert_intermediate_size")
         plan = Planner(shapes, config.where)
-        plan.add("token_embd.weight", "model.embed_tokens.weight", shape=(n_vocab, n_embd))
+        plan.add_ends(config, tied_output=False)
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
@@ -44,11 +44,6 @@ class Qwen2Moe(Family):
             plan.add(f"{out}.ffn_gate_shexp.weight", f"{shared}.gate_proj.weight", shape=(n_shared, n_embd))
             plan.add(f"{out}.ffn_up_shexp.weight", f"{shared}.up_proj.weight", shape=(n_shared, n_embd))
             plan.add(f"{out}.ffn_down_shexp.weight", f"{shared}.down_proj.weight", shape=(n_embd, n_shared))
-        plan.add("output_norm.weight", "model.norm.weight", shape=(n_embd,))
-        # llama.cpp's qwen2moe has no tied output, so a tied checkpoint's embedding is written twice.
-        tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in shapes
-        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        plan.add("output.weight", head, shape=(n_vocab, n_embd))
         return plan.plans
 
     def add_metadata(self, config: Config, writer: GGUFWriter) -> None:

@@ -86,6 +86,7 @@ class Strategy(Protocol):
     """One way to spend the budget.
 
     `needs` names what it reads of a Problem: NEEDS lists all there is. `source` is where it was published.
+    A strategy that can only tell single experts apart has `experts_only`, which is looked for by name.
     """
 
     name: str

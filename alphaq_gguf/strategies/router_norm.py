@@ -24,6 +24,7 @@ class RouterNorm:
         "more bits for experts with a small router norm or a large row variance, from weights alone; not for stacks"
     )
     source = "arXiv 2604.06515"
+    experts_only = True
 
     def allocate(self, problem: Problem) -> Allocation:
         """The method at the highest average of nominal bits that fits, then single experts raised while they fit.

@@ -34,8 +34,8 @@ class Uniform:
 
 def _at_level(unit: Unit, level: QType) -> QType:
     """The unit's type when all are asked to be `level`: llama.cpp's substitute, else the next larger option."""
-    substitute = stock_substitute(level, unit.n_cols)
-    if substitute in unit.options:
-        return substitute
+    for wanted in (level, stock_substitute(level, unit.n_cols)):
+        if wanted in unit.options:
+            return wanted
     larger = [q for q in unit.options if bpw(q) >= bpw(level)]
     return min(larger, key=bpw) if larger else max(unit.options, key=bpw)

@@ -264,8 +264,9 @@ def test_single_raises_go_round_the_layers():
     assert raised == [(0, first[0]), (1, first[1])]
 
 
-def test_the_order_of_units_is_irrelevant():
-    problem = pose(model((3, 5, 4)), 0.37)
+@pytest.mark.parametrize("share", [0.1, 0.21, 0.37, 0.42, 0.55, 0.68, 0.73])
+def test_the_order_of_units_is_irrelevant(share):
+    problem = pose(model((3, 5, 4)), share)
     backwards = replace(problem, units=problem.units[::-1], size=problem.size[::-1], allowed=problem.allowed[::-1])
     found = RouterNorm().allocate(problem).choice
     assert RouterNorm().allocate(backwards).choice.tolist() == found[::-1].tolist()
