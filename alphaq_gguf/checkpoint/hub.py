@@ -46,6 +46,8 @@ _HASH_CHUNK = 1 << 22
 TRIES = 7
 WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
+# Whether there is a Hub at all shows sooner, and a user without a network should not wait for it.
+_FIRST_TRIES = 2
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 # What the HTTP library under huggingface_hub raises, which is not the same library in all versions.
 TransportError: type[Exception] = errors.HfHubHTTPError.__bases__[0]
@@ -89,7 +91,8 @@ def find_repository(repo_id: str, revision: str | None) -> Repository:
         info = persist(
             lambda: huggingface_hub.HfApi().model_info(
                 repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-            )
+            ),
+            tries=_FIRST_TRIES,
         )
     files = {
         entry.rfilename: RepoFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None)
@@ -158,10 +161,10 @@ def download(repository: Repository, names: Iterable[str], reporter: Reporter) -
     return directory
 
 
-def persist(call: Callable[[], T]) -> T:
+def persist(call: Callable[[], T], tries: int = TRIES) -> T:
     """`call`, repeated after a growing wait while it fails for a reason that may pass."""
     wait = WAIT_S
-    for last in [False] * (TRIES - 1) + [True]:
+    for last in [False] * (tries - 1) + [True]:
         try:
             return call()
         except TransportError as error:
@@ -315,7 +318,7 @@ def _unreachable(repo_id: str, file: str, reason: str) -> ConnectionLostError:
     if file:
         return ConnectionLostError(f"{repo_id}: connection lost while reading {file}{reason}")
     return ConnectionLostError(
-        f"{repo_id}: {constants.ENDPOINT} cannot be reached{reason}",
+        f"{repo_id} is no local path, and {constants.ENDPOINT} cannot be reached{reason}",
         "check the connection; HF_ENDPOINT names another Hub, and a local directory needs none",
     )
 

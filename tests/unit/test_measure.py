@@ -367,3 +367,18 @@ def test_half_precision_sources_measure_what_they_store(tmp_path):
     found = run(write_source(tmp_path / "half.gguf", {stack_name("up"): weight}), tmp_path, (QType.Q4_K,))
     expected = squared_error(weight[0].astype(np.float32), QType.Q4_K)
     assert found.distortions[(stack_name("up"), 0, "up"), QType.Q4_K].squared_error == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("projs", [("gate", "up", "down"), ("up", "down")])
+def test_row_variances_are_those_of_each_expert_s_first_matrix(projs: tuple[str, ...], tmp_path: Path) -> None:
+    tensors = {name: t for name, t in expert_tensors().items() if any(f"ffn_{p}_exps" in name for p in projs)}
+    source = write_source(tmp_path / "m.gguf", tensors)
+    arguments = {"alphas": None, "distortion": None, "qtypes": {}, "cache_dir": tmp_path / "cache"}
+    found = measure(source, row_variances=True, **arguments).row_variances
+    stack = stack_name(projs[0])
+    expected = tensors[stack].astype(np.float64).var(axis=2).max(axis=1)
+    assert found == {(stack, xid, projs[0]): pytest.approx(expected[xid]) for xid in range(2)}
+    # The second time they come from the cache, to the last digit.
+    assert measure(source, row_variances=True, **arguments).row_variances == found
+    (ledger,) = (tmp_path / "cache").glob("row-variances-*.csv")
+    assert "row_variance" in ledger.read_text()
