@@ -37,6 +37,7 @@ from .tensor_types import choose_types
 TOOL = f"alphaq-gguf {__version__}"
 # A number as long as any that a recipe holds, where none is measured yet.
 _SOME_NUMBER = 1.2345678901234567e-05
+_SOME_SIZE = 10**15
 # More than the settings of both measurements take in the recipe, which are known only when measuring begins.
 _SETTINGS_BYTES = 1024
 
@@ -162,6 +163,10 @@ def overhead_bytes(source: Source, base: Recipe, settings: AllocationSettings) -
     provisional = _recipe(replace(base, granularity="stack"), problem, placeholder, settings, None)
     alphas = dict.fromkeys(("alpha_median", "alpha_min", "alpha_max"), _SOME_NUMBER)
     longest = tuple(replace(unit, **alphas) for unit in provisional.units)
+    # As long as any size, so that the answer does not depend on the size that is asked for.
+    for key in ("size_bytes", "fit_bytes"):
+        if provisional.settings[key] is not None:
+            provisional.settings[key] = _SOME_SIZE
     losses = dict.fromkeys(("per_expert", "per_stack", "uniform", "kept"), _SOME_NUMBER)
     layers = {str(unit.layer): losses for unit in longest}
     provisional.result["stacking"] = {**losses, "layers": layers}

@@ -61,8 +61,9 @@ def test_size_budget_counts_the_whole_file(extra: int, tiny: Path, tmp_path: Pat
     assert size > budget - 40_000
 
 
-def test_the_smallest_size_named_as_feasible_is(tiny: Path, tmp_path: Path, cli) -> None:
-    code, _, err = cli("convert", tiny, "-o", tmp_path / "out.gguf", "--size", "1KiB")
+@pytest.mark.parametrize("asked", ["1", "1KiB", "123456", "1500000"])
+def test_the_smallest_size_named_as_feasible_is(asked: str, tiny: Path, tmp_path: Path, cli) -> None:
+    code, _, err = cli("convert", tiny, "-o", tmp_path / "out.gguf", "--size", asked)
     assert code == 1
     least = int(re.findall(r"feasible are ([\d,]+)", err)[0].replace(",", ""))
     code, _, err = cli("convert", tiny, "-o", tmp_path / "out.gguf", "--size", least)

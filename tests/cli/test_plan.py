@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,13 @@ def test_a_plan_of_what_is_no_model(tmp_path: Path, cli) -> None:
     code, _, err = cli("plan", tmp_path / "nothing here")
     assert code == 1
     assert "does not exist" in err
+
+
+@pytest.mark.parametrize("asked", ["1MiB", "500MiB"])
+def test_the_least_memory_that_is_named_is_enough(asked: str, tiny: Path, cli) -> None:
+    code, _, err = cli("allocate", tiny, "--fit", asked, "--strategy", "mse")
+    assert code == 1
+    least = int(re.findall(r"allow at least --fit (\d+)", err)[0])
+    result = allocated(cli, tiny, "--fit", least)
+    assert result["expert_bpw"] == 2.625
+    assert least - 2000 < result["memory_bytes"] <= least
