@@ -21,7 +21,7 @@ from .budget import (
 )
 from .checkpoint import Source
 from .layout import alignment_of, plan_file
-from .measure import Measurements, key_of
+from .measurements import Measurements, key_of
 from .memory import ContextSettings, MemoryNeed, memory_need
 from .qtypes import QType
 from .recipe import Recipe, RecipeUnit

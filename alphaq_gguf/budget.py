@@ -12,7 +12,7 @@ import numpy as np
 from .checkpoint import ExpertMatrix, ExpertStack
 from .errors import BudgetError, UsageError
 from .gguf_file import align
-from .measure import AlphaSettings, DistortionSettings
+from .measurements import AlphaSettings, DistortionSettings
 from .qtypes import QType, bpw, candidates, row_bytes
 from .recipe import GRANULARITIES
 from .strategies import Problem, Unit

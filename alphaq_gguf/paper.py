@@ -13,7 +13,7 @@ import numpy as np
 
 from .allocate import Solution, solve_budget
 from .errors import AlphaQError, BudgetError, SourceError, UsageError
-from .measure import Alpha
+from .measurements import Alpha
 from .strategies.alphaq import choose_gamma, sensitivities
 
 COLUMNS = ("name", "layer", "module_type", "alpha", "variance")

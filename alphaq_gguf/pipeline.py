@@ -15,7 +15,8 @@ from .encode import encode_rows
 from .forecast import MEMORY_SIZES, Forecast, fit_memory, group_stacks
 from .gguf_file import TensorInfo
 from .layout import Plan, alignment_of, plan_file
-from .measure import AlphaSettings, Measurements, measure
+from .measure import measure
+from .measurements import AlphaSettings, Measurements
 from .prefetch import prefetch
 from .qtypes import FLOAT_TYPES
 from .recipe import Recipe, check_recipe, load_recipe

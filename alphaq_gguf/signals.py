@@ -11,7 +11,8 @@ from .budget import AllocationSettings, wanted_types
 from .checkpoint import Source
 from .checkpoint.shards import LocalShard
 from .errors import SourceError, UsageError
-from .measure import Measurements, measure
+from .measure import measure
+from .measurements import Measurements
 from .reporter import Reporter
 from .routing import read_routers, simulate
 from .strategies import Problem, Strategy

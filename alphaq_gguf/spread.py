@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .measure import Alpha, Key
+from .measurements import Alpha, Key
 
 TINY_SPREAD = 0.01
 """std(ln alpha) below which ranking experts by alpha is ranking noise (sampling alone moves alpha by 0.5 %)."""

@@ -12,7 +12,7 @@ from .allocate import solve_budget
 from .budget import AllocationSettings, make_problem, make_units, size_range
 from .checkpoint import ExpertStack
 from .errors import BudgetError
-from .measure import Key
+from .measurements import Key
 from .qtypes import QType
 from .strategies import STRATEGIES, Problem, Unit
 from .strategies.base import cost_table

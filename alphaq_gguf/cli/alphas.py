@@ -9,7 +9,9 @@ import typer
 
 from ..console import format_count
 from ..ledger import format_value, render_ledger
-from ..measure import ALPHA_COLUMNS, alpha_row, alphas_header_text, key_of
+from ..measure import alphas_header_text
+from ..measurements import key_of
+from ..meters import ALPHA_COLUMNS, alpha_row
 from ..pipeline import measure_source
 from ..spread import spread_by, spread_of
 from ..writer import check_output, write_atomically

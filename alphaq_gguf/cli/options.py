@@ -19,7 +19,7 @@ from ..budget import DEFAULT_CONTEXT, ROUTING_MASSES, SCOPES
 from ..checkpoint import Source, open_source
 from ..console import Console
 from ..errors import UsageError
-from ..measure import AlphaSettings, DistortionSettings
+from ..measurements import AlphaSettings, DistortionSettings
 from ..pipeline import AllocationSettings
 from ..qtypes import QType, parse_qtype
 from ..recipe import GRANULARITIES

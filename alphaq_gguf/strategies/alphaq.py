@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..measure import Alpha, Key
+from ..measurements import Alpha, Key
 from .base import Allocation, Problem, solve_costs
 
 MAX_GAMMA = 200.0

@@ -11,7 +11,7 @@ import numpy as np
 from ..allocate import solve_budget
 from ..checkpoint import ExpertMatrix
 from ..errors import AlphaQError
-from ..measure import Alpha, Distortion, Key, key_of
+from ..measurements import Alpha, Distortion, Key, key_of
 from ..qtypes import NOMINAL_BITS, QType, stock_substitute
 
 

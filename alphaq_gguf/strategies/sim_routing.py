@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..measure import key_of
+from ..measurements import key_of
 from .base import Allocation, Problem, solve_costs
 
 

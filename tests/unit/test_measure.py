@@ -15,17 +15,9 @@ from small_sources import expert_tensors, gaussian, stack_name, write_source
 from alphaq_gguf.checkpoint import ExpertMatrix, ExpertStack, Source
 from alphaq_gguf.encode import encode_rows
 from alphaq_gguf.errors import AlphaQError, WeightError
-from alphaq_gguf.measure import (
-    AlphaSettings,
-    DistortionSettings,
-    alphas_header_text,
-    key_of,
-    load_alphas,
-    measure,
-    measure_alpha,
-    measure_distortion,
-    tile_seconds,
-)
+from alphaq_gguf.measure import alphas_header_text, load_alphas, measure
+from alphaq_gguf.measurements import AlphaSettings, DistortionSettings, key_of, tile_seconds
+from alphaq_gguf.meters import measure_alpha, measure_distortion
 from alphaq_gguf.qtypes import QType
 
 TYPES = (QType.Q2_K, QType.Q4_K, QType.Q8_0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from alphaq_gguf.budget import AllocationSettings, make_problem, make_units, matrices_bytes
 from alphaq_gguf.checkpoint import ExpertStack
 from alphaq_gguf.errors import AlphaQError, BudgetError
-from alphaq_gguf.measure import key_of
+from alphaq_gguf.measurements import key_of
 from alphaq_gguf.qtypes import NOMINAL_BITS, QType, bpw
 from alphaq_gguf.scope import allocate_scope
 from alphaq_gguf.strategies import Allocation, Problem

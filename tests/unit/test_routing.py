@@ -18,7 +18,7 @@ from small_sources import expert_tensors, gaussian
 from alphaq_gguf.arch.routers import Gating
 from alphaq_gguf.checkpoint import ExpertMatrix, Source, open_source
 from alphaq_gguf.errors import SourceError
-from alphaq_gguf.measure import Distortion, key_of
+from alphaq_gguf.measurements import Distortion, key_of
 from alphaq_gguf.qtypes import QType, row_bytes
 from alphaq_gguf.routing import Mass, Router, read_routers, route, simulate
 from alphaq_gguf.strategies import Problem, Unit

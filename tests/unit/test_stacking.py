@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from alphaq_gguf.budget import AllocationSettings, make_problem, make_units, matrices_bytes
 from alphaq_gguf.checkpoint import ExpertStack
-from alphaq_gguf.measure import Distortion, key_of
+from alphaq_gguf.measurements import Distortion, key_of
 from alphaq_gguf.qtypes import QType
 from alphaq_gguf.stacking import stacking_loss
 from alphaq_gguf.strategies import Problem

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from alphaq_gguf.checkpoint import ExpertStack
 from alphaq_gguf.errors import AlphaQError, BudgetError
-from alphaq_gguf.measure import Alpha, Distortion, key_of
+from alphaq_gguf.measurements import Alpha, Distortion, key_of
 from alphaq_gguf.qtypes import K_TYPES, LEGACY_TYPES, NOMINAL_BITS, QType, bpw, row_bytes, stock_substitute
 from alphaq_gguf.strategies import STRATEGIES, Problem, Unit
 from alphaq_gguf.strategies.alphaq import MAX_GAMMA, choose_gamma, sensitivities

@@ -54,7 +54,7 @@ def modules(prefix: str) -> list[str]:
 
 def test_the_walk_sees_the_imports_it_must_judge():
     # Guards the guards: a walk that saw nothing would pass every rule below.
-    assert reaches("alphaq_gguf.measure", "alphaq_gguf.spectral")
+    assert reaches("alphaq_gguf.meters", "alphaq_gguf.spectral")
     assert reaches("alphaq_gguf.cli.main", "alphaq_gguf.errors")
     assert reaches("alphaq_gguf.checkpoint.huggingface", "alphaq_gguf.arch", "torch")
     assert reaches("alphaq_gguf.strategies", "alphaq_gguf.strategies.alphaq")
@@ -89,7 +89,18 @@ def test_the_solver_needs_no_torch():
 
 
 def test_the_writer_knows_neither_alphas_nor_the_solver():
-    strangers = ("measure", "spectral", "allocate", "strategies", "spread", "recipe", "pipeline", "checkpoint")
+    strangers = (
+        "measure",
+        "measurements",
+        "meters",
+        "spectral",
+        "allocate",
+        "strategies",
+        "spread",
+        "recipe",
+        "pipeline",
+        "checkpoint",
+    )
     assert not reaches("alphaq_gguf.writer", *(f"alphaq_gguf.{name}" for name in strangers))
 
 
