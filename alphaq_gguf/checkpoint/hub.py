@@ -102,7 +102,9 @@ def find_repository(repo_id: str, revision: str | None) -> Repository:
     if not info.sha:
         raise SourceError(f"{repo_id}: the Hub names no commit", "try again")
     if CONFIG[0] not in files:
-        raise SourceError(f"{repo_id}: the repository holds no config.json", "give one with a transformers checkpoint")
+        ggufs = [entry.rfilename for entry in info.siblings or [] if entry.rfilename.endswith(".gguf")]
+        hint = f"download a float GGUF, such as {ggufs[0]}, and give the file" if ggufs else "give a model repository"
+        raise SourceError(f"{repo_id}: the repository holds no config.json", hint)
     return Repository(repo_id, revision, info.sha, files)
 
 

@@ -270,6 +270,17 @@ def test_what_does_not_exist_is_named(server, cli) -> None:
     assert "tiny/Nothing is neither a local path nor a repository" in err
 
 
+def test_a_repository_of_gguf_files_is_told_from_a_checkpoint(server, tmp_path, cli) -> None:
+    directory = tmp_path / "ggufs"
+    directory.mkdir()
+    (directory / "Tiny-BF16.gguf").write_bytes(b"GGUF")
+    server.add_repo("tiny/GGUFs", directory)
+    code, _, err = cli("convert", "tiny/GGUFs", "--bpw", 3.6)
+    assert code == 1
+    assert "holds no config.json" in err
+    assert "such as Tiny-BF16.gguf" in err
+
+
 def test_a_hub_out_of_reach_is_named(server, cli) -> None:
     url = server.url
     server.down()
