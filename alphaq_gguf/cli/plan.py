@@ -32,6 +32,8 @@ def command(
     """Show the expert layout, the feasible sizes, and what fits your memory; reads config and headers only."""
     console = Console(as_json=json)
     opened = open_source(source, revision=revision, headers_only=True, allow_requantize=True, reporter=console)
+    for remark in opened.remarks:
+        console.warn(remark)
     found = forecast(opened, AllocationSettings(types=parse_types(types)), ctx)
     share = 100 * found.n_expert_weights / found.n_weights
     console.result(

@@ -229,6 +229,7 @@ def test_that_llama_cpp_ranks_groups_otherwise_is_the_known_difference(tmp_path:
     code, _, err = cli("convert", source, "-o", out, "--bpw", 32, "--tensor-type", r"\.weight$=F32")
     assert code == 0
     assert "llama.cpp ranks groups of experts by the sum of their best two" in err
+    assert "llama.cpp ranks groups of experts" in cli("plan", source)[2]
     with LlamaModel(out, n_ctx=64, threads=1, exact=True) as model:
         found = model.logits(tokens)
     with torch.no_grad():
