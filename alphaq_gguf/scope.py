@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -31,13 +30,7 @@ def allocate_scope(strategy: Strategy, problem: Problem, scope: str) -> Allocati
     found = []
     for (kind, name), rows in parts.items():
         n_weights = sum(problem.units[u].n_weights for u in rows)
-        part = replace(
-            problem,
-            units=tuple(problem.units[u] for u in rows),
-            size=problem.size[rows],
-            allowed=problem.allowed[rows],
-            budget=problem.budget * n_weights // total,
-        )
+        part = problem.part(rows, problem.budget * n_weights // total)
         try:
             found.append(strategy.allocate(part))
         except BudgetError as error:

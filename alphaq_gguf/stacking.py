@@ -79,13 +79,7 @@ def _compare(
     uniform = None
     for problem, cost in tables:
         rows = [u for u, unit in enumerate(problem.units) if belongs(unit)]
-        part = replace(
-            problem,
-            units=tuple(problem.units[u] for u in rows),
-            size=problem.size[rows],
-            allowed=problem.allowed[rows],
-            budget=n_bytes,
-        )
+        part = problem.part(rows, n_bytes)
         if size_range(part)[0] > n_bytes:
             return None
         # Thousands of experts need no branch and bound; a few stacks do, and for them it is quick.

@@ -67,6 +67,11 @@ class Config(dict[str, Any]):
         return Config({**values, **self}, self.where)
 
     @property
+    def head_dim(self) -> int:
+        """Width of an attention head: its own field, or the hidden size shared out evenly."""
+        return self.get("head_dim") or self.need("hidden_size") // self.need("num_attention_heads")
+
+    @property
     def n_experts(self) -> int:
         """Routed experts per layer, under any of transformers' names."""
         return self.need("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -184,10 +189,7 @@ class Planner:
     def add_attention(
         self,
         bid: int,
-        n_embd: int,
-        n_q: int,
-        n_kv: int,
-        head_dim: int,
+        config: Config,
         *,
         interleaved_rope: bool = False,
         wide_norms: bool = False,
@@ -198,6 +200,9 @@ class Planner:
         pairs, where transformers pairs the two halves of a head. `wide_norms` says that q and k are
         normalised over all their heads at once, not head by head.
         """
+        n_embd, heads = config.need("hidden_size"), config.need("num_attention_heads")
+        head_dim = config.head_dim
+        n_q, n_kv = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
         hf, out = f"model.layers.{bid}.self_attn", f"blk.{bid}"
         for proj, n_out in (("q", n_q), ("k", n_kv), ("v", n_kv)):
             transform = interleave_halves(head_dim) if interleaved_rope and proj != "v" else None

@@ -40,8 +40,6 @@ class Glm4Moe(Family):
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         config = config.with_defaults(self.defaults)
         n_embd, n_vocab, n_layers = (config.need(key) for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
-        heads, head_dim = config.need("num_attention_heads"), _head_dim(config)
-        n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         n_experts, n_ff = config.n_experts, config.need("moe_intermediate_size")
         plan = Planner(shapes, config.where)
         plan.add_ends(config)
@@ -53,7 +51,7 @@ class Glm4Moe(Family):
                     continue
                 _add_draft_inputs(plan, bid, n_embd, n_vocab)
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
-            plan.add_attention(bid, n_embd, heads * head_dim, n_kv, head_dim)
+            plan.add_attention(bid, config)
             plan.add(f"{out}.post_attention_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
             if bid < config["first_k_dense_replace"]:
                 plan.add_mlp(bid, f"{hf}.mlp", config.need("intermediate_size"), n_embd)
@@ -73,13 +71,9 @@ class Glm4Moe(Family):
             writer.add_nextn_predict_layers(n_draft)
         rope = config.get("rope_parameters") or {}
         rotated = rope.get("partial_rotary_factor", config["partial_rotary_factor"])
-        writer.add_rope_dimension_count(int(_head_dim(config) * rotated))
+        writer.add_rope_dimension_count(int(config.head_dim * rotated))
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])
         add_router_metadata(config, writer, ExpertGatingFuncType.SIGMOID)
-
-
-def _head_dim(config: Config) -> int:
-    return config.get("head_dim") or config.need("hidden_size") // config.need("num_attention_heads")
 
 
 def _add_draft_inputs(plan: Planner, bid: int, n_embd: int, n_vocab: int) -> None:

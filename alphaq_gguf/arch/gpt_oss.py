@@ -25,14 +25,14 @@ class GptOss(Family):
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         n_embd = config.need("hidden_size")
-        heads, head_dim = config.need("num_attention_heads"), config.need("head_dim")
-        n_kv = (config.get("num_key_value_heads") or heads) * head_dim
+        heads = config.need("num_attention_heads")
+        config.need("head_dim")  # no model of this family shares its width out evenly
         plan = Planner(shapes, config.where)
         plan.add_ends(config, tied_output=False)
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
-            plan.add_attention(bid, n_embd, heads * head_dim, n_kv, head_dim)
+            plan.add_attention(bid, config)
             plan.add(f"{out}.attn_sinks.weight", f"{hf}.self_attn.sinks", shape=(heads,))
             plan.add(f"{out}.post_attention_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
             plan.add(f"{out}.ffn_gate_inp.weight", f"{hf}.mlp.router.weight", shape=(config.n_experts, n_embd))

@@ -41,9 +41,6 @@ class GraniteMoe(Family):
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         n_embd = config.need("hidden_size")
-        heads = config.need("num_attention_heads")
-        head_dim = n_embd // heads
-        n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         n_experts, n_ff = config.n_experts, config.need("intermediate_size")
         n_shared = config.get("shared_intermediate_size") or 0
         plan = Planner(shapes, config.where)
@@ -55,7 +52,7 @@ class GraniteMoe(Family):
                 names = _NAMES_IN_MEMORY
             router, gate_up, down = (f"{hf}.block_sparse_moe.{name}" for name in names)
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
-            plan.add_attention(bid, n_embd, n_embd, n_kv, head_dim, interleaved_rope=True)
+            plan.add_attention(bid, config, interleaved_rope=True)
             plan.add(f"{out}.ffn_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
             plan.add(f"{out}.ffn_gate_inp.weight", router, shape=(n_experts, n_embd))
             plan.expect(gate_up, (n_experts, 2 * n_ff, n_embd))

@@ -22,9 +22,6 @@ class Mixtral(Family):
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         n_embd = config.need("hidden_size")
-        heads = config.need("num_attention_heads")
-        head_dim = config.get("head_dim") or n_embd // heads
-        n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         n_experts, n_ff = config.n_experts, config.need("intermediate_size")
         plan = Planner(shapes, config.where)
         plan.add_ends(config)
@@ -33,7 +30,7 @@ class Mixtral(Family):
             # transformers calls the block `mlp` in memory and `block_sparse_moe` in files.
             moe = f"{hf}.mlp" if f"{hf}.mlp.gate.weight" in shapes else f"{hf}.block_sparse_moe"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
-            plan.add_attention(bid, n_embd, heads * head_dim, n_kv, head_dim, interleaved_rope=True)
+            plan.add_attention(bid, config, interleaved_rope=True)
             plan.add(f"{out}.ffn_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
             plan.add(f"{out}.ffn_gate_inp.weight", f"{moe}.gate.weight", shape=(n_experts, n_embd))
             plan.add_experts(bid, f"{moe}.experts", n_experts, n_ff, n_embd, names=("w1", "w3", "w2"))
@@ -42,5 +39,4 @@ class Mixtral(Family):
     def add_metadata(self, config: Config, writer: GGUFWriter) -> None:
         add_common_metadata(config, writer)
         writer.add_vocab_size(config.need("vocab_size"))
-        head_dim = config.get("head_dim") or config.need("hidden_size") // config.need("num_attention_heads")
-        writer.add_rope_dimension_count(head_dim)
+        writer.add_rope_dimension_count(config.head_dim)

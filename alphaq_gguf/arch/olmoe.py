@@ -26,14 +26,13 @@ class Olmoe(Family):
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         n_embd = config.need("hidden_size")
-        head_dim = n_embd // config.need("num_attention_heads")
         n_experts, n_ff = config.n_experts, config.need("intermediate_size")
         plan = Planner(shapes, config.where)
         plan.add_ends(config, tied_output=False)
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
-            plan.add_attention(bid, n_embd, n_embd, n_embd, head_dim, wide_norms=True)
+            plan.add_attention(bid, config, wide_norms=True)
             plan.add(f"{out}.ffn_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
             plan.add(f"{out}.ffn_gate_inp.weight", f"{hf}.mlp.gate.weight", shape=(n_experts, n_embd))
             plan.add_experts(bid, f"{hf}.mlp.experts", n_experts, n_ff, n_embd)

@@ -25,9 +25,6 @@ class Qwen2Moe(Family):
 
     def plan_tensors(self, config: Config, shapes: Shapes) -> list[TensorPlan]:
         n_embd = config.need("hidden_size")
-        heads = config.need("num_attention_heads")
-        head_dim = n_embd // heads
-        n_kv = (config.get("num_key_value_heads") or heads) * head_dim
         n_experts, n_ff = config.n_experts, config.need("moe_intermediate_size")
         n_shared = config.need("shared_expert_intermediate_size")
         plan = Planner(shapes, config.where)
@@ -35,7 +32,7 @@ class Qwen2Moe(Family):
         for bid in range(config.need("num_hidden_layers")):
             hf, out = f"model.layers.{bid}", f"blk.{bid}"
             plan.add(f"{out}.attn_norm.weight", f"{hf}.input_layernorm.weight", shape=(n_embd,))
-            plan.add_attention(bid, n_embd, n_embd, n_kv, head_dim)
+            plan.add_attention(bid, config)
             plan.add(f"{out}.ffn_norm.weight", f"{hf}.post_attention_layernorm.weight", shape=(n_embd,))
             plan.add(f"{out}.ffn_gate_inp.weight", f"{hf}.mlp.gate.weight", shape=(n_experts, n_embd))
             plan.add_experts(bid, f"{hf}.mlp.experts", n_experts, n_ff, n_embd)

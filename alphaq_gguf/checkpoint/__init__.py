@@ -80,9 +80,9 @@ def _open_repository(
         with_tokenizer=not headers_only,
     )
     shards = {name: partial(open_shard, repository, repository.files[name]) for name in names}
-    remote = open_directory(directory, shards=shards)
     if stream or headers_only:
-        return remote
-    # Whatever is wrong with the model shows in its headers, before hundreds of gigabytes are fetched.
-    assert remote.fields
+        return open_directory(directory, shards=shards)
+    if hub.find_missing(repository, names):
+        # Whatever is wrong with the model shows in its headers, before hundreds of gigabytes are fetched.
+        open_directory(directory, shards=shards).require_metadata()
     return open_directory(hub.download(repository, names, reporter))

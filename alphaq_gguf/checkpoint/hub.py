@@ -149,7 +149,7 @@ def download(repository: Repository, names: Iterable[str], reporter: Reporter) -
     ConnectionLostError that the same call goes on with the files that are still missing.
     """
     files = [repository.files[name] for name in names]
-    missing = [file for file in files if not _cached(repository, file.name)]
+    missing = find_missing(repository, [file.name for file in files])
     _check_space(repository, missing)
     directory = Path()
     task = reporter.task(f"Downloading {repository.label}", sum(file.size for file in missing), "bytes")
@@ -201,9 +201,14 @@ def _download_file(repository: Repository, name: str, advance: Callable[[int], N
         raise
 
 
-def _cached(repository: Repository, name: str) -> bool:
-    found = huggingface_hub.try_to_load_from_cache(repository.repo_id, name, revision=repository.commit)
-    return isinstance(found, str)
+def find_missing(repository: Repository, names: Iterable[str]) -> list[RepoFile]:
+    """Those of the named files that the cache does not hold."""
+
+    def is_cached(name: str) -> bool:
+        found = huggingface_hub.try_to_load_from_cache(repository.repo_id, name, revision=repository.commit)
+        return isinstance(found, str)
+
+    return [repository.files[name] for name in names if not is_cached(name)]
 
 
 def _check_space(repository: Repository, missing: list[RepoFile]) -> None:

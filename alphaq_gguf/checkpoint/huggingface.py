@@ -52,7 +52,6 @@ class HuggingFaceSource(Source):
         self.config = self._read_config()
         self.family = self._find_family()
         self._weights = self._open_weights(shards)
-        self._tokenizer_remarks: list[str] = []
         self._kept: tuple[Part | None, torch.Tensor] = (None, torch.empty(0))
         self.family.check(self.config)
         self._plans = {plan.name: plan for plan in self.family.plan_tensors(self.config, self._weights.shapes)}
@@ -79,29 +78,34 @@ class HuggingFaceSource(Source):
 
     @property
     def fields(self) -> list[Field]:
-        return self._fields
+        return self._metadata[0]
+
+    def require_metadata(self) -> None:
+        """SourceError when the file's metadata cannot be made."""
+        _ = self._metadata
 
     @property
     def remarks(self) -> list[str]:
         """What the family and its tokenizer are known to differ in; needs the tokenizer as `fields` does."""
-        assert self.fields
-        return self.family.remarks(self.config) + self._tokenizer_remarks
+        return self._metadata[1]
 
     @cached_property
-    def _fields(self) -> list[Field]:
-        """The metadata llama.cpp's own converter writes: general, hyper-parameters, tokenizer."""
+    def _metadata(self) -> tuple[list[Field], list[str]]:
+        """The fields llama.cpp's own converter writes (general, hyper-parameters, tokenizer), and the remarks."""
+        remarks = self.family.remarks(self.config)
         writer = GGUFWriter(None, self.architecture)
         writer.add_type(GGUFType.MODEL)
         self._add_description(writer)
         self.family.add_metadata(self.config, writer)
         if self.with_tokenizer:
             n_vocab, rules = self.config.need("vocab_size"), self.family.tokenizer
-            self._tokenizer_remarks = add_tokenizer(self.path, n_vocab, writer, self.pre_tokenizer, rules)
-        return [
+            remarks += add_tokenizer(self.path, n_vocab, writer, self.pre_tokenizer, rules)
+        fields = [
             make_field(key, value.type, value.value, value.sub_type)
             for pairs in writer.kv_data
             for key, value in pairs.items()
         ]
+        return fields, remarks
 
     @property
     def files(self) -> list[Path]:

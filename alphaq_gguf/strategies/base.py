@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +62,11 @@ class Problem:
     gamma: float | None = None
     alpha_reference: str = "all"
     seed: int = 0
+
+    def part(self, rows: Sequence[int], budget: int) -> Problem:
+        """The problem of these units alone, with a budget of their own."""
+        units = tuple(self.units[u] for u in rows)
+        return replace(self, units=units, size=self.size[rows], allowed=self.allowed[rows], budget=budget)
 
 
 @dataclass(frozen=True)
