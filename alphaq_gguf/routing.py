@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,17 @@ class Mass:
     gate2: np.ndarray
 
 
+class Routing(NamedTuple):
+    """Experts `chosen` for each vector, in no order, with their `gates` and `scores`, all [n, n_used].
+
+    Scores are gate weights before they are renormalised and scaled.
+    """
+
+    chosen: np.ndarray
+    gates: np.ndarray
+    scores: np.ndarray
+
+
 def read_routers(source: Source) -> dict[int, Router]:
     """The router of every layer that has expert stacks; SourceError when a layer's is missing or not understood."""
     if reason := UNSIMULATED.get(source.architecture):
@@ -86,14 +97,14 @@ def simulate(router: Router, n_vectors: int = DEFAULT_VECTORS, seed: int = 0) ->
         inside = rng.standard_normal((min(_BATCH, n_vectors - start), len(upper)))
         outside = 2 * rng.standard_gamma((width - len(upper)) / 2, len(inside))
         length = np.sqrt((inside**2).sum(axis=1) + outside)
-        chosen, gates = _choose(router, inside @ upper * (np.sqrt(width) / length)[:, None] + shift)
+        chosen, gates, _ = _choose(router, inside @ upper * (np.sqrt(width) / length)[:, None] + shift)
         count += np.bincount(chosen.ravel(), minlength=n_experts)
         gate2 += np.bincount(chosen.ravel(), gates.ravel() ** 2, minlength=n_experts)
     return Mass(count / n_vectors, gate2 / n_vectors)
 
 
-def route(router: Router, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Experts chosen [n, n_used], in no order, and their gate weights, for router inputs [n, H]."""
+def route(router: Router, inputs: np.ndarray) -> Routing:
+    """Where router inputs [n, H] go."""
     return _choose(router, _logits(router, inputs))
 
 
@@ -102,7 +113,7 @@ def _logits(router: Router, inputs: np.ndarray) -> np.ndarray:
     return logits if router.bias is None else logits + router.bias
 
 
-def _choose(router: Router, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _choose(router: Router, logits: np.ndarray) -> Routing:
     scores = _scores(router.gating, logits)
     # Every gating rises with the logits, which unlike scores do not saturate.
     selection = logits if router.selection_bias is None and router.n_groups == 1 else scores
@@ -115,12 +126,13 @@ def _choose(router: Router, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         np.put_along_axis(kept, _top(best_two, router.n_groups_used), True, axis=1)
         selection = np.where(kept[..., None], groups, -np.inf).reshape(selection.shape)
     chosen = _top(selection, router.n_used)
-    gates = np.take_along_axis(scores, chosen, axis=1)
+    scores = np.take_along_axis(scores, chosen, axis=1)
     if router.gating == Gating.SOFTMAX_OF_CHOSEN:
-        gates = _softmax(gates)
+        scores = _softmax(scores)
+    gates = scores
     if router.normalise:
         gates = gates / np.maximum(gates.sum(axis=1, keepdims=True), _LEAST_SUM)
-    return chosen, gates * router.scale
+    return Routing(chosen, gates * router.scale, scores)
 
 
 def _scores(gating: Gating, logits: np.ndarray) -> np.ndarray:

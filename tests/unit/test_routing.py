@@ -99,6 +99,19 @@ def test_gate_weights_by_hand(gating, gates):
     )
 
 
+@pytest.mark.parametrize(
+    ("gating", "scores"),
+    [(Gating.SOFTMAX, [0.6, 0.3]), (Gating.SOFTMAX_OF_CHOSEN, [2 / 3, 1 / 3]), (Gating.SIGMOID, [6 / 7, 3 / 4])],
+)
+def test_scores_are_gate_weights_before_they_are_renormalised_and_scaled(gating, scores):
+    fixed = router(np.eye(3, 8), 2, gating=gating, bias=np.log([6, 1, 3]).astype(np.float32), normalise=True, scale=2.5)
+    found = route(fixed, np.zeros((4, 8)))
+    by_expert = np.zeros((4, 3))
+    np.put_along_axis(by_expert, found.chosen, found.scores, axis=1)
+    assert by_expert == pytest.approx(np.tile([scores[0], 0, scores[1]], (4, 1)))
+    assert found.gates == pytest.approx(2.5 * found.scores / sum(scores))
+
+
 def test_gate_weights_are_not_divided_by_less_than_llama_cpp_divides_by():
     faint = router(np.zeros((2, 8)), gating=Gating.SIGMOID, normalise=True, bias=np.array([-12, -13], np.float32))
     assert simulate(faint, 10).gate2[0] == pytest.approx((2**14 / (1 + math.exp(12))) ** 2)
@@ -117,7 +130,7 @@ def explicit(router: Router, n_vectors: int, seed: int) -> Mass:
     vectors = np.random.default_rng(seed).standard_normal((n_vectors, width))
     vectors /= np.sqrt((vectors**2).mean(axis=1, keepdims=True))
     gates = np.zeros((n_vectors, n_experts))
-    chosen, weights = route(router, vectors * router.norm)
+    chosen, weights, _ = route(router, vectors * router.norm)
     np.put_along_axis(gates, chosen, weights, axis=1)
     return Mass((gates > 0).mean(axis=0), (gates**2).mean(axis=0))
 
