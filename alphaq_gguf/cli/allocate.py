@@ -12,7 +12,8 @@ from ..errors import UsageError
 from ..pipeline import allocate
 from ..recipe import save_recipe, tensor_type_lines, to_json
 from ..writer import check_output, replacing, write_atomically
-from .options import ALL_STRATEGIES, AlphaOptions, BudgetOptions, MachineOptions, OutputOptions, SourceOptions, grouped
+from .allocation_options import ALL_STRATEGIES, AlphaOptions, BudgetOptions
+from .options import MachineOptions, OutputOptions, SourceOptions, grouped
 from .show import show_comparison, show_recipe
 
 NAME = "allocate"

@@ -15,7 +15,8 @@ from ..meters import ALPHA_COLUMNS, alpha_row
 from ..pipeline import measure_source
 from ..spread import spread_by, spread_of
 from ..writer import check_output, write_atomically
-from .options import AlphaOptions, MachineOptions, OutputOptions, SourceOptions, grouped
+from .allocation_options import AlphaOptions
+from .options import MachineOptions, OutputOptions, SourceOptions, grouped
 
 NAME = "alphas"
 
