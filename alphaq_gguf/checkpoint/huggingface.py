@@ -77,6 +77,11 @@ class HuggingFaceSource(Source):
         return found.pop() if len(found) == 1 and not plan.computed else QType.F32
 
     @property
+    def weights(self) -> Weights:
+        """The checkpoint's own tensors, under their own names."""
+        return self._weights
+
+    @property
     def fields(self) -> list[Field]:
         return self._metadata[0]
 

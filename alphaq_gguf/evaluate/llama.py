@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from ..errors import AlphaQError
 from ..reporter import Reporter, Silent
+from .watch import Watch
 
 _GGML_TYPE_F32 = 0
 _LOG_LEVEL_ERROR = 4
@@ -30,52 +31,13 @@ class Perplexity:
     n_tokens: int
 
 
-class LlamaModel:
-    """A GGUF loaded by llama.cpp on the CPU (or `gpu_layers` of it on a GPU).
+class _WithVocabulary:
+    """What a loaded GGUF offers with or without weights."""
 
-    `exact` selects the numerical protocol for comparisons with float references: f32 KV cache, no
-    flash attention. Without `all_logits` it runs as llama-cli does: flash attention, and no more of the
-    KV cache than sliding windows need. AlphaQError carries llama.cpp's own reason when the file does not load.
-    """
+    llm: Any
+    path: Path
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        n_ctx: int = 512,
-        threads: int | None = None,
-        exact: bool = False,
-        all_logits: bool = True,
-        gpu_layers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        import llama_cpp
-
-        errors = _collect_errors()
-        errors.clear()
-        kv_type: dict[str, Any] = {"type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32} if exact else {}
-        try:
-            with _weights_as_stored():
-                self.llm: Any = llama_cpp.Llama(
-                    str(path),
-                    n_ctx=n_ctx,
-                    n_batch=min(n_ctx, 512),
-                    n_threads=threads,
-                    n_threads_batch=threads,
-                    logits_all=all_logits,
-                    n_gpu_layers=gpu_layers,
-                    flash_attn=not all_logits,
-                    swa_full=all_logits,
-                    seed=seed,
-                    verbose=False,
-                    **kv_type,
-                )
-        except (ValueError, AssertionError) as error:
-            reasons = [line for line in errors if "failed to load model" not in line] or [str(error)]
-            raise AlphaQError(f"{path}: llama.cpp cannot load it: {reasons[0]}") from None
-        self.path = path
-
-    def __enter__(self) -> LlamaModel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,11 +60,13 @@ class LlamaModel:
         vocab: Any = llama_cpp.llama_model_get_vocab(self.llm.model)
         return self.llm.token_bos() if llama_cpp.llama_vocab_get_add_bos(vocab) else None
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Logits after every token of one sequence, float32 [len(tokens), n_vocab]."""
-        self.llm.reset()
-        self.llm.eval(list(tokens))
-        return np.array(self.llm.scores[: len(tokens)], dtype=np.float32)
+    @property
+    def document_start(self) -> int:
+        """A token that a document begins with: BOS where the model wants one, else the end of the one before."""
+        token = self.llm.token_eos() if self.bos is None else self.bos
+        if token < 0:
+            raise AlphaQError(f"{self.path}: its vocabulary has no token that ends a document, for text to start from")
+        return token
 
     def windows(self, text: str, n_ctx: int) -> list[list[int]]:
         """`text` cut as llama-perplexity does: whole windows of `n_ctx` tokens, each begun by BOS if there is one."""
@@ -110,6 +74,112 @@ class LlamaModel:
         tokens = lead + self.tokenize(text)
         starts = range(0, len(tokens) - n_ctx + 1, n_ctx)
         return [lead + tokens[start + len(lead) : start + n_ctx] for start in starts]
+
+
+class LlamaVocabulary(_WithVocabulary):
+    """llama.cpp's tokenizer of a GGUF, which need not hold weights."""
+
+    def __init__(self, path: Path) -> None:
+        import llama_cpp
+
+        # llama-cpp-python's own log callback fails on the cut-off tokens that llama.cpp prints.
+        _collect_errors()
+        self.llm = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        self.path = path
+
+
+class LlamaModel(_WithVocabulary):
+    """A GGUF loaded by llama.cpp on the CPU (or `gpu_layers` of it on a GPU).
+
+    `exact` selects the numerical protocol for comparisons with float references: f32 KV cache, no
+    flash attention. Without `all_logits` it runs as llama-cli does: flash attention, and no more of the
+    KV cache than sliding windows need. `n_sequences` can be drawn side by side, of `n_ctx` tokens each. `watch` sees
+    the tensors that it computes, of all tokens in the last layer too only with `all_logits`. AlphaQError carries
+    llama.cpp's own reason when the file does not load.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 512,
+        threads: int | None = None,
+        exact: bool = False,
+        all_logits: bool = True,
+        gpu_layers: int = 0,
+        seed: int = 0,
+        n_sequences: int = 1,
+        watch: Watch | None = None,
+    ) -> None:
+        import llama_cpp
+
+        errors = _collect_errors()
+        errors.clear()
+        kv_type: dict[str, Any] = {"type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32} if exact else {}
+        try:
+            with _weights_as_stored(), _context_defaults(watch, n_sequences):
+                self.llm = llama_cpp.Llama(
+                    str(path),
+                    n_ctx=n_ctx * n_sequences,
+                    n_batch=min(n_ctx, 512),
+                    n_threads=threads,
+                    n_threads_batch=threads,
+                    logits_all=all_logits,
+                    n_gpu_layers=gpu_layers,
+                    flash_attn=not all_logits,
+                    swa_full=all_logits,
+                    seed=seed,
+                    verbose=False,
+                    **kv_type,
+                )
+        except (ValueError, AssertionError) as error:
+            reasons = [line for line in errors if "failed to load model" not in line] or [str(error)]
+            raise AlphaQError(f"{path}: llama.cpp cannot load it: {reasons[0]}") from None
+        self.path = path
+        # llama.cpp keeps the bare pointer of its callback: it must not be collected.
+        self._watch = watch
+
+    def draw(self, n_tokens: int, seeds: Sequence[int], advance: Callable[[int], None]) -> np.ndarray:
+        """Documents drawn from the model's own distribution as it is, one by seed: int64 [len(seeds), n_tokens].
+
+        They grow side by side, because a step takes hardly longer for several tokens than for one.
+        """
+        import llama_cpp
+
+        context, n_vocab = self.llm.ctx, self.llm.n_vocab()
+        memory: Any = llama_cpp.llama_get_memory(context)
+        llama_cpp.llama_memory_clear(memory, True)
+        drawn = np.full((len(seeds), n_tokens), self.document_start, dtype=np.int64)
+        generators = [np.random.default_rng(seed) for seed in seeds]
+        batch = llama_cpp.llama_batch_init(len(seeds), 0, 1)
+        try:
+            batch.n_tokens = len(seeds)
+            for position in range(n_tokens - 1):
+                for i, token in enumerate(drawn[:, position]):
+                    batch.token[i], batch.pos[i], batch.logits[i] = int(token), position, True
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, i
+                if llama_cpp.llama_decode(context, batch):
+                    raise AlphaQError(f"{self.path}: llama.cpp cannot run {len(seeds)} sequences of {n_tokens} tokens")
+                for i, generator in enumerate(generators):
+                    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (n_vocab,))
+                    mass = np.exp(logits.astype(np.float64) - logits.max()).cumsum()
+                    drawn[i, position + 1] = mass.searchsorted(generator.random() * mass[-1], side="right")
+                advance(len(seeds))
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        return drawn
+
+    def run(self, tokens: Sequence[int]) -> None:
+        """Run one sequence from an empty context."""
+        self.llm.reset()
+        self.llm.eval(list(tokens))
+        if self._watch is not None:
+            self._watch.reraise()
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after every token of one sequence, float32 [len(tokens), n_vocab]."""
+        self.run(tokens)
+        return np.array(self.llm.scores[: len(tokens)], dtype=np.float32)
 
     def score(self, window: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The second half of a window: log-probabilities float64 [n, n_vocab], and the true tokens' losses [n]."""
@@ -157,27 +227,38 @@ class LlamaModel:
                 yield chunk["choices"][0]["text"]
 
 
-@contextmanager
-def _weights_as_stored() -> Iterator[None]:
+def _weights_as_stored() -> AbstractContextManager[None]:
     """Keep llama.cpp from repacking weights for the processor while a model loads.
 
     Repacked weights round differently on each machine, and the AMX ones crash where a virtual machine
-    shows the instructions and lacks them, and abort on latent attention. `Llama` has no parameter for it.
+    shows the instructions and lacks them, and abort on latent attention.
     """
+    return _defaults("llama_model_default_params", use_extra_bufts=False)
+
+
+def _context_defaults(watch: Watch | None, n_sequences: int) -> AbstractContextManager[None]:
+    values: dict[str, Any] = {} if watch is None else {"cb_eval": watch.callback}
+    return _defaults("llama_context_default_params", n_seq_max=n_sequences, **values)
+
+
+@contextmanager
+def _defaults(function: str, **values: Any) -> Iterator[None]:
+    """Have llama.cpp's `function` return other default parameters: `Llama` has no arguments for these."""
     import llama_cpp.llama_cpp as library
 
-    make_defaults = library.llama_model_default_params
+    make_defaults = getattr(library, function)
 
     def make_params() -> Any:
         params = make_defaults()
-        params.use_extra_bufts = False
+        for name, value in values.items():
+            setattr(params, name, value)
         return params
 
-    library.llama_model_default_params = make_params
+    setattr(library, function, make_params)
     try:
         yield
     finally:
-        library.llama_model_default_params = make_defaults
+        setattr(library, function, make_defaults)
 
 
 @cache

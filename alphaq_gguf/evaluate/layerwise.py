@@ -1,0 +1,302 @@
+"""A checkpoint run in PyTorch one decoder layer at a time, by transformers' own modules."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..checkpoint.huggingface import HuggingFaceSource
+from ..checkpoint.shards import TORCH_DTYPES, Weights
+from ..errors import AlphaQError, WeightError
+from ..gguf_file import build_header
+from .llama import LlamaVocabulary
+
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
+# The modules that are loaded. Checkpoints with a vision tower hold the language model one level down.
+_MODULE = re.compile(rf"(?:language_model\.)?(model\.layers\.\d+|{_EMBEDDING}|{_NORM}|{_HEAD})\.")
+_EXPERTS = ".experts."
+# MXFP4 tensors are matrices as llama.cpp has them; transformers' are transposed.
+_MXFP4 = "_blocks"
+
+
+class LayerwiseModel:
+    """The decoder of `source` in float32 on `device`, of which no more than one layer is in memory.
+
+    Each call loads what it needs and lets go of it. While a layer's experts are put together, memory holds a third more
+    than the layer; twice it and more, if they are not stored in 16 bits. AlphaQError when transformers is missing or
+    cannot run the model.
+    """
+
+    def __init__(self, source: HuggingFaceSource, device: str = "cpu") -> None:
+        self.source = source
+        self.device = device
+        with _transformers(source) as library:
+            config = library.AutoConfig.from_pretrained(source.path, trust_remote_code=False).get_text_config()
+            # Weights come as floats whatever they are stored as, and no layer runs where routers' outputs are gathered.
+            for name, value in (("quantization_config", None), ("output_router_logits", False)):
+                if hasattr(config, name):
+                    setattr(config, name, value)
+            with _parameters_on_meta():
+                model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        self._model: Any = model.eval()
+        self._decoder: Any = model.model
+        self.n_layers = len(self._decoder.layers)
+        self.width: int = config.hidden_size
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self._stored = self._sort_tensors()
+        # It is small, and no pass through the decoder does without it.
+        self._load(_NORM)
+
+    def _sort_tensors(self) -> dict[str, dict[str, _Stored]]:
+        """The checkpoint's tensors by module, under the names that transformers knows."""
+        modules: dict[str, dict[str, _Stored]] = {}
+        for name in self.source.weights.shapes:
+            match = _MODULE.match(name)
+            if match and not self.source.family.ignores(self.source.config, name):
+                known = name[match.start(1) :].removesuffix(_MXFP4)
+                modules.setdefault(match[1], {})[known] = _Stored(self.source.weights, name)
+        if self._model.config.tie_word_embeddings:
+            modules[_HEAD] = {f"{_HEAD}.weight": stored for stored in modules[_EMBEDDING].values()}
+        return modules
+
+    @cached_property
+    def _vocabulary(self) -> LlamaVocabulary:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "vocabulary.gguf"
+            path.write_bytes(build_header(self.source.fields, [])[0])
+            return LlamaVocabulary(path)
+
+    @property
+    def bos(self) -> int | None:
+        """The token every sequence must start with, None when the model wants none."""
+        return self._vocabulary.bos
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text` as llama.cpp will see them, without BOS; SourceError without a tokenizer."""
+        return self._vocabulary.tokenize(text)
+
+    def windows(self, text: str, n_ctx: int) -> list[list[int]]:
+        """`text` cut as llama-perplexity does: whole windows of `n_ctx` tokens, each begun by BOS if there is one."""
+        return self._vocabulary.windows(text, n_ctx)
+
+    def has_experts(self, bid: int) -> bool:
+        """Whether layer `bid` is one of a mixture of experts."""
+        return _expert_block(self._decoder.layers[bid]) is not None
+
+    def embed(self, windows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """What the first layer is given for token ids [n, n_ctx]: float32 [n, n_ctx, width], in `out` if given."""
+        if out is None:
+            out = np.empty((*windows.shape, self.width), dtype=np.float32)
+        with torch.no_grad(), self._loaded(_EMBEDDING):
+            for i, window in enumerate(windows):
+                tokens = torch.from_numpy(np.array(window, dtype=np.int64)[None]).to(self.device)
+                with self._recording() as calls:
+                    self._decoder(input_ids=tokens, use_cache=False)
+                out[i] = calls[0][0][0].cpu().numpy()
+        return out
+
+    def run_layer(
+        self,
+        bid: int,
+        hidden: np.ndarray,
+        out: np.ndarray,
+        moe_inputs: np.ndarray | None = None,
+        batch: int = 1,
+        advance: Callable[[int], None] = lambda amount: None,
+    ) -> None:
+        """Write to `out` what layer `bid` makes of `hidden`, `batch` windows at a time; `advance` is told of tokens.
+
+        All arrays are float32 [n, n_ctx, width], and may be mapped files. `moe_inputs` gets what the layer's
+        experts and router are given, if it has any. WeightError when an output is NaN or infinite.
+        """
+        seen: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            layer = stack.enter_context(self._loaded(f"model.layers.{bid}"))
+            block = _expert_block(layer)
+            if block is not None:
+                stack.enter_context(block.register_forward_pre_hook(lambda _, given: seen.append(given[0])))
+            arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+            for start in range(0, len(hidden), batch):
+                rows = slice(start, start + batch)
+                x = torch.from_numpy(np.array(hidden[rows])).to(self.device)
+                if len(x) not in arguments:
+                    arguments = {len(x): self._arguments(bid, x)}
+                positional, named = arguments[len(x)]
+                y = layer(x, *positional, **named)
+                y = y[0] if isinstance(y, tuple) else y
+                if not y.isfinite().all():
+                    raise WeightError(
+                        f"{self.source.label}: layer {bid} computes NaN or infinite values",
+                        "the checkpoint is damaged: download it again",
+                    )
+                out[rows] = y.cpu().numpy()
+                if seen and moe_inputs is not None:
+                    moe_inputs[rows] = seen[0].reshape(x.shape).cpu().numpy()
+                seen.clear()
+                advance(x.shape[0] * x.shape[1])
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits for the last layer's outputs [n, n_ctx, width], float32 [n, n_ctx, n_vocab]."""
+        rows = []
+        with torch.no_grad(), self._loaded(_HEAD):
+            for window in hidden:
+                x = torch.from_numpy(np.array(window)[None]).to(self.device)
+                with self._recording(output=x):
+                    rows.append(self._model(inputs_embeds=x, use_cache=False).logits[0].cpu().numpy())
+        return np.stack(rows)
+
+    def _arguments(self, bid: int, x: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the decoder gives layer `bid` beside hidden states shaped as `x`: masks, positions and the like."""
+        with self._recording() as calls:
+            self._decoder(inputs_embeds=x, use_cache=False)
+        return calls[bid][1:]
+
+    @contextmanager
+    def _recording(
+        self, output: torch.Tensor | None = None
+    ) -> Iterator[list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]]:
+        """Layers note how they are called instead of running, and return `output`, or what they are given."""
+        calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(hidden_states: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
+            calls.append((hidden_states, positional, named))
+            return hidden_states if output is None else output
+
+        for layer in self._decoder.layers:
+            layer.forward = record
+        try:
+            yield calls
+        finally:
+            for layer in self._decoder.layers:
+                del layer.forward
+
+    @contextmanager
+    def _loaded(self, path: str) -> Iterator[nn.Module]:
+        """The module at `path` with its weights, which are gone afterwards."""
+        module = self._model.get_submodule(path)
+        empty = [
+            (owner, name, parameter)
+            for owner in module.modules()
+            for name, parameter in owner.named_parameters(recurse=False)
+        ]
+        try:
+            self._load(path)
+            yield module
+        finally:
+            for owner, name, parameter in empty:
+                setattr(owner, name, parameter)
+
+    def _load(self, path: str) -> None:
+        """Fill the module at `path` as transformers does, which renames tensors and fuses experts."""
+        module, tensors = self._model.get_submodule(path), self._stored[path]
+        # Experts are fused as they are stored, which takes less memory than as floats of 32 bits.
+        kinds = {tensor.dtype for name, tensor in tensors.items() if _EXPERTS in name}
+        with _transformers(self.source) as library:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import convert_and_load_state_dict_in_model
+            from transformers.modeling_utils import LoadStateDictConfig
+
+            # A device called "disk", used or not, makes it read tensors when they are needed and not all ahead.
+            devices: dict[str, str] = {"": self.device, "nothing": "disk"}
+            mapping: Any = get_model_conversion_mapping(self._model)
+            plan = {_EXPERTS: kinds.pop()} if len(kinds) == 1 else {}
+            settings = LoadStateDictConfig(device_map=devices, weight_mapping=mapping, dtype_plan=plan)
+            found, _ = convert_and_load_state_dict_in_model(self._model, tensors, settings)
+        expected = {f"{path}.{name}" for name in module.state_dict()}
+        problems = {
+            "lacks": expected & found.missing_keys,
+            "has no place for": found.unexpected_keys,
+            "expects another shape of": {name for name, *_ in found.mismatched_keys},
+            "cannot convert": set(found.conversion_errors),
+        }
+        for problem, names in problems.items():
+            if names:
+                raise AlphaQError(
+                    f"{self.source.label}: transformers {library.__version__} {problem} {min(names)}", _OTHER_WAY
+                )
+        for owner in module.modules():
+            for name in [name for name, _ in owner.named_parameters(recurse=False)]:
+                setattr(owner, name, nn.Parameter(getattr(owner, name).float(), requires_grad=False))
+
+
+class _Stored:
+    """A tensor of a checkpoint, read when it is sliced, as safetensors' own slices are."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self._weights = weights
+        self._name = name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self._weights.qtype(self._name)]
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        shape = self._weights.shapes[self._name]
+        whole = self._weights.read(self._name, None, 0, shape[0]).reshape(shape)
+        return whole.transpose(1, 2) if self._name.endswith(_MXFP4) else whole
+
+
+_OTHER_WAY = "install a newer transformers, or convert the checkpoint to a float GGUF and give that instead"
+
+
+@contextmanager
+def _transformers(source: HuggingFaceSource) -> Iterator[Any]:
+    """The library, without its progress bars and warnings; AlphaQError when it is missing or fails."""
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError:
+        raise AlphaQError(
+            f"{source.label}: running a checkpoint needs transformers, which is not installed",
+            "pip install 'alphaq-gguf[torch-path]', or convert the checkpoint to a float GGUF and give that instead",
+        ) from None
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if has_bars:
+        logging.disable_progress_bar()
+    try:
+        yield transformers
+    except AlphaQError:
+        raise
+    except Exception as error:
+        # Whatever it raises, the cause is a file or a version that the user can exchange.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AlphaQError(
+            f"{source.label}: transformers {transformers.__version__} cannot load it: {reason}", _OTHER_WAY
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made meanwhile have parameters without data; their buffers are real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _expert_block(layer: nn.Module) -> nn.Module | None:
+    """The module of a layer that holds its router and its experts."""
+    return next((module for module in layer.modules() if "experts" in dict(module.named_children())), None)
