@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .calibration.imatrix import ImportanceMatrix
 from .checkpoint import ExpertStack, Source
 from .errors import AlphaQError
 from .ledger import read_ledger
@@ -44,6 +45,7 @@ def measure(
     cache_dir: Path,
     row_variances: bool = False,
     given_alphas: Path | None = None,
+    imatrix: ImportanceMatrix | None = None,
     device: str = "cpu",
     threads: int = 1,
     reporter: Reporter | None = None,
@@ -51,8 +53,8 @@ def measure(
     """Measure every expert matrix of `source` that the ledgers in `cache_dir` do not hold yet.
 
     `qtypes` maps stack names to the types whose error is wanted; `given_alphas` is an alphas file to
-    use instead of measuring (AlphaQError when it belongs to another source). WeightError names a
-    matrix with NaN or infinite weights.
+    use instead of measuring (AlphaQError when it belongs to another source); `imatrix` weighs the rounding
+    whose errors are measured. WeightError names a matrix with NaN or infinite weights.
     """
     reporter = reporter or Silent()
     meters: list[AlphaMeter | DistortionMeter | VarianceMeter] = []
@@ -65,7 +67,7 @@ def measure(
         meters.append(alpha_meter)
     found_distortions, distortion_header = {}, {}
     if distortion is not None and distortion.kind == "measured":
-        distortion_meter = DistortionMeter(source, distortion, qtypes, cache_dir, threads)
+        distortion_meter = DistortionMeter(source, distortion, qtypes, cache_dir, threads, imatrix)
         distortion_header, found_distortions = distortion_meter.ledger.header, distortion_meter.found
         meters.append(distortion_meter)
     found_variances = {}

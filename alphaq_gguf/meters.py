@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import astuple
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from . import spectral
+from .calibration.imatrix import ImportanceMatrix
 from .checkpoint import ExpertMatrix, Source
 from .encode import decode_rows, encode_rows, library_version
 from .ledger import Ledger, Row
@@ -68,7 +70,10 @@ class AlphaMeter:
 
 
 class DistortionMeter:
-    """Encoding errors of one source under one setting, for the types each stack may take."""
+    """Encoding errors of one source under one setting, for the types each stack may take.
+
+    With `imatrix` they are the plain squared errors of the rounding that it weighs.
+    """
 
     def __init__(
         self,
@@ -77,11 +82,14 @@ class DistortionMeter:
         qtypes: Mapping[str, tuple[QType, ...]],
         cache_dir: Path,
         threads: int,
+        imatrix: ImportanceMatrix | None = None,
     ) -> None:
         self.seed = settings.seed
         self.sample = settings.sample_rows(source.stacks)
         self.qtypes = qtypes
         self.threads = threads
+        # The matrices of a stack come one after another, and all of its importance is read at once.
+        self.weights = None if imatrix is None else lru_cache(maxsize=1)(imatrix.weights)
         header = {
             "measured": "distortion",
             "schema": SCHEMA,
@@ -90,6 +98,8 @@ class DistortionMeter:
             "rows": self.sample,
             "seed": settings.seed,
         }
+        if imatrix is not None:
+            header["imatrix"] = imatrix.digest
         self.ledger = _open_ledger(cache_dir, "distortion", header, DISTORTION_COLUMNS)
         self.found: dict[tuple[Key, QType], Distortion] = dict(self.ledger.parsed(_parse_distortion))
 
@@ -100,8 +110,10 @@ class DistortionMeter:
         return bool(self._missing(matrix))
 
     def measure(self, matrix: ExpertMatrix, rows: np.ndarray) -> None:
+        weights = None if self.weights is None else self.weights(matrix.stack)
+        importance = None if weights is None else weights[matrix.xid]
         for qtype in self._missing(matrix):
-            result = measure_distortion(rows, qtype, self.sample, _seed(self.seed, matrix), self.threads)
+            result = measure_distortion(rows, qtype, self.sample, _seed(self.seed, matrix), self.threads, importance)
             row = {
                 "stack": matrix.stack,
                 "expert": matrix.xid,
@@ -166,18 +178,26 @@ def alpha_row(matrix: ExpertMatrix, alpha: Alpha) -> dict[str, Any]:
     return dict(zip(ALPHA_COLUMNS, (*place, *astuple(alpha)), strict=True))
 
 
-def measure_distortion(rows: np.ndarray, qtype: QType, sample: int | None, seed: int, threads: int) -> Distortion:
+def measure_distortion(
+    rows: np.ndarray,
+    qtype: QType,
+    sample: int | None,
+    seed: int,
+    threads: int,
+    importance: np.ndarray | None = None,
+) -> Distortion:
     """Squared error of encoding `rows` float32 [n_rows, n_cols] as `qtype`, summed over all rows.
 
-    With `sample` below n_rows that many rows are drawn without replacement from `seed`, the sum is
-    scaled up, and its standard error follows from the spread between rows.
+    `importance` float32 [n_cols] weighs the rounding, not the error. With `sample` below n_rows that many
+    rows are drawn without replacement from `seed`, the sum is scaled up, and its standard error follows from
+    the spread between rows.
     """
     n_rows = len(rows)
     if sample is not None:
         sample = max(sample, 2)  # one row says nothing of the spread
     if sample is not None and sample < n_rows:
         rows = np.ascontiguousarray(rows[np.sort(np.random.default_rng(seed).choice(n_rows, sample, replace=False))])
-    decoded = decode_rows(encode_rows(rows, qtype, threads), qtype, rows.shape[1], threads)
+    decoded = decode_rows(encode_rows(rows, qtype, threads, importance), qtype, rows.shape[1], threads)
     errors = np.square(rows - decoded, dtype=np.float64).sum(axis=1)
     m = len(errors)
     spread = errors.std(ddof=1) if 1 < m < n_rows else 0.0

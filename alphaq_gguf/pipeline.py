@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from .allocation import TOOL, allocate, memory_beside, overhead_bytes
 from .budget import AllocationSettings, make_problem, make_units, size_range
 from .checkpoint import Source, open_source
-from .encode import encode_rows
+from .conversion import Conversion, check_imatrix, convert
 from .forecast import MEMORY_SIZES, Forecast, fit_memory, group_stacks
-from .gguf_file import TensorInfo
 from .layout import Plan, alignment_of, plan_file
 from .measure import measure
 from .measurements import AlphaSettings, Measurements
-from .prefetch import prefetch
-from .qtypes import FLOAT_TYPES
-from .recipe import Recipe, check_recipe, load_recipe
+from .recipe import Recipe, load_recipe
 from .reporter import Reporter, Silent
 from .spread import warnings_about
 from .tensor_types import choose_types
-from .writer import check_output, write_gguf
 
 __all__ = [
     "AllocationSettings",
     "Conversion",
     "Plan",
     "allocate",
+    "check_imatrix",
     "convert",
     "forecast",
     "load_recipe",
@@ -38,20 +32,8 @@ __all__ = [
     "plan_file",
 ]
 
-# Weights read and encoded at once: 16 MiB of float32, enough for every core to have a share.
-_CHUNK_WEIGHTS = 1 << 22
 # As long as a real one, where no weights are read.
 _NO_FINGERPRINT = "0" * 64
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A finished conversion. `resumed_bytes` were already there from an interrupted run."""
-
-    path: Path
-    size: int
-    recipe: Recipe
-    resumed_bytes: int
 
 
 def measure_source(
@@ -78,39 +60,6 @@ def measure_source(
     for line in warnings_about(found.alphas):
         reporter.warn(line)
     return found
-
-
-def convert(
-    source: Source,
-    recipe: Recipe,
-    out: Path,
-    *,
-    force: bool = False,
-    threads: int = 1,
-    reporter: Reporter | None = None,
-) -> Conversion:
-    """Write the GGUF that `recipe` makes of `source` to `out`, in one pass and atomically.
-
-    OutputError when `out` cannot be written, AlphaQError when the recipe is for another source,
-    WeightError on NaN or infinite weights. An interrupted run continues when called again.
-    """
-    check_recipe(recipe, source, "recipe")
-    check_output(out, force=force, inputs=source.files)
-    plan = plan_file(source, recipe)
-
-    def produce(info: TensorInfo) -> Iterator[np.ndarray]:
-        stored = source.tensors[info.name]
-        step = max(1, _CHUNK_WEIGHTS // max(info.n_cols, 1))
-        spans = [(start, min(start + step, info.n_rows)) for start in range(0, info.n_rows, step)]
-        # Floats always pass through float32, exactly, because that is where NaN is looked for.
-        copy = stored.qtype == info.qtype and info.qtype not in FLOAT_TYPES
-        read = source.read_bytes if copy else source.read_rows
-        chunks = prefetch(lambda span=span: read(info.name, *span) for span in spans)
-        for rows in chunks:
-            yield rows if copy else encode_rows(rows, info.qtype, threads)
-
-    resumed = write_gguf(out, plan.header, plan.tensors, plan.size, produce, reporter)
-    return Conversion(out, plan.size, recipe, resumed)
 
 
 def forecast(source: Source, settings: AllocationSettings, n_ctx: int, *, reporter: Reporter | None = None) -> Forecast:

@@ -114,6 +114,9 @@ def from_json(data: Any, where: str) -> Recipe:
         for values, key in ((data["settings"], "bpw"), (data["settings"], "size_bytes"), (data["result"], "gamma")):
             if not isinstance(values.get(key), int | float | None):
                 raise TypeError(f"{key} is {values[key]!r}")
+        imatrix = data["settings"].get("imatrix")
+        if imatrix is not None and not all(isinstance(imatrix[key], str) for key in ("file", "digest")):
+            raise TypeError(f"imatrix is {imatrix!r}")
         units = tuple(RecipeUnit(**{**entry, "qtype": parse_qtype(entry["qtype"])}) for entry in data["units"])
         if not all(isinstance(unit.tensor, str) for unit in units):
             raise TypeError("a unit without a tensor name")

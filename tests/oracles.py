@@ -7,9 +7,10 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import ROOT
 
@@ -68,8 +69,17 @@ def _run_converter(jobs: list[tuple[str, list[str]]]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def quantize_with_llama_cpp(source: Path, out: Path, types: dict[str, int], threads: int = 1) -> None:
-    """`llama_model_quantize` with one anchored override per tensor in `types` (name -> ggml type id)."""
+def quantize_with_llama_cpp(
+    source: Path,
+    out: Path,
+    types: dict[str, int],
+    threads: int = 1,
+    imatrix: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """`llama_model_quantize` with one anchored override per tensor in `types` (name -> ggml type id).
+
+    `imatrix` maps tensor names to float32 [matrices, n_cols].
+    """
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
@@ -85,4 +95,11 @@ def quantize_with_llama_cpp(source: Path, out: Path, types: dict[str, int], thre
         overrides[i].pattern = ("^" + name.replace(".", r"\.") + "$").encode()
         overrides[i].type = qtype
     params.tt_overrides = overrides
+    if imatrix is not None:
+        # The array ends at an entry without a name.
+        entries = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
+        for entry, (name, weights) in zip(entries, imatrix.items(), strict=False):
+            entry.name, entry.size = name.encode(), weights.size
+            entry.data = weights.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = entries
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0

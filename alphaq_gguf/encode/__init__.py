@@ -1,5 +1,5 @@
 """Float rows to GGUF blocks and back."""
 
-from .libggml import decode_rows, encode_rows, library_version
+from .libggml import decode_rows, encode_rows, library_version, row_spans
 
-__all__ = ["decode_rows", "encode_rows", "library_version"]
+__all__ = ["decode_rows", "encode_rows", "library_version", "row_spans"]

@@ -19,6 +19,8 @@ from ..qtypes import QType, row_bytes
 _PACKAGE = "llama-cpp-python"
 # Rows handed to a thread at once: enough work per call, few enough that all cores stay busy.
 _CHUNK_WEIGHTS = 1 << 18
+# The encoders sum importance times powers of weights in float32; from about 1e30 on that overflows to NaN or zeros.
+_MOST_IMPORTANCE = 1e20
 
 
 class _TypeTraits(ctypes.Structure):
@@ -66,10 +68,16 @@ def library_version() -> str:
     return f"{_PACKAGE} {version(_PACKAGE)}"
 
 
-def _in_chunks(n_rows: int, n_cols: int, threads: int, work) -> None:
+def row_spans(n_rows: int, step: int, block: int | None = None) -> list[tuple[int, int]]:
+    """(start, stop) of at most `step` rows that cover `n_rows` in order; none reaches over a multiple of `block`."""
+    block = block or max(n_rows, 1)
+    ends = [(first, min(first + block, n_rows)) for first in range(0, n_rows, block)]
+    return [(start, min(start + step, end)) for first, end in ends for start in range(first, end, step)]
+
+
+def _in_chunks(n_rows: int, n_cols: int, threads: int, work, block: int | None = None) -> None:
     """Call `work(start, stop)` over all rows, on `threads` threads (ctypes releases the GIL)."""
-    step = max(1, _CHUNK_WEIGHTS // max(n_cols, 1))
-    spans = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+    spans = row_spans(n_rows, max(1, _CHUNK_WEIGHTS // max(n_cols, 1)), block)
     if threads <= 1 or len(spans) == 1:
         for span in spans:
             work(*span)
@@ -79,15 +87,20 @@ def _in_chunks(n_rows: int, n_cols: int, threads: int, work) -> None:
             future.result()
 
 
-def encode_rows(rows: np.ndarray, qtype: QType, threads: int = 1) -> np.ndarray:
+def encode_rows(rows: np.ndarray, qtype: QType, threads: int = 1, importance: np.ndarray | None = None) -> np.ndarray:
     """Encode float32 `rows` [n_rows, n_cols] as `qtype`: uint8 [n_rows, row_bytes].
 
-    Byte-equal to llama.cpp's quantiser without an importance matrix (`ggml_quantize_chunk`).
-    ValueError when the array is not C-contiguous 2-D float32 or the row is no whole number of blocks.
+    `importance` float32 [n_cols], at least 0, weighs the errors of each column; types with nothing to choose (floats,
+    Q8_0) ignore it. [matrices, n_cols] is for rows that are so many matrices of equal height, one after another.
+    Byte-equal to llama.cpp's quantiser without or with an importance matrix (`ggml_quantize_chunk`).
+    ValueError when the array is not C-contiguous 2-D float32, the row is no whole number of blocks or the
+    importance is not of these shapes and values.
     """
     if rows.dtype != np.float32 or rows.ndim != 2 or not rows.flags.c_contiguous:
         raise ValueError(f"expected C-contiguous float32 [rows, cols], found {rows.dtype} {rows.shape}")
     n_rows, n_cols = rows.shape
+    vectors = None if importance is None else _importance_vectors(importance, n_rows, n_cols)
+    height = n_rows if vectors is None else n_rows // len(vectors)
     out = np.empty((n_rows, row_bytes(qtype, n_cols)), dtype=np.uint8)
     if qtype == QType.F32:
         out[:] = rows.view(np.uint8)
@@ -95,14 +108,28 @@ def encode_rows(rows: np.ndarray, qtype: QType, threads: int = 1) -> np.ndarray:
     lib = _library()
 
     def work(start: int, stop: int) -> None:
+        vector = None if vectors is None else vectors[start // height].ctypes.data
         written = lib.ggml_quantize_chunk(
-            int(qtype), rows.ctypes.data, out.ctypes.data, start * n_cols, stop - start, n_cols, None
+            int(qtype), rows.ctypes.data, out.ctypes.data, start * n_cols, stop - start, n_cols, vector
         )
         if written != (stop - start) * out.shape[1]:
             raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes for {qtype.name}")
 
-    _in_chunks(n_rows, n_cols, threads, work)
+    _in_chunks(n_rows, n_cols, threads, work, height)
     return out
+
+
+def _importance_vectors(importance: np.ndarray, n_rows: int, n_cols: int) -> np.ndarray:
+    """`importance` as C-contiguous float32 [matrices, n_cols]; ValueError when it does not suit the rows."""
+    if importance.dtype != np.float32 or importance.ndim not in (1, 2) or importance.shape[-1] != n_cols:
+        raise ValueError(f"expected importance float32 [{n_cols}], found {importance.dtype} {importance.shape}")
+    vectors = np.ascontiguousarray(np.atleast_2d(importance))
+    if not len(vectors) or n_rows % len(vectors):
+        raise ValueError(f"{n_rows} rows are no {len(vectors)} matrices of equal height")
+    # Not a number is not in any range either.
+    if not ((vectors >= 0) & (vectors <= _MOST_IMPORTANCE)).all():
+        raise ValueError(f"expected importance between 0 and {_MOST_IMPORTANCE:g}")
+    return vectors
 
 
 def decode_rows(blocks: np.ndarray, qtype: QType, n_cols: int, threads: int = 1) -> np.ndarray:

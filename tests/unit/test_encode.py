@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_sources import gaussian
 
-from alphaq_gguf.encode import decode_rows, encode_rows
+from alphaq_gguf.encode import decode_rows, encode_rows, row_spans
+from alphaq_gguf.encode.libggml import _library
 from alphaq_gguf.qtypes import EXPERT_TYPES, FLOAT_TYPES, QType, block_size, bpw, row_bytes
 
 SAME_BYTES = (QType.Q8_0, QType.Q4_0, QType.Q5_0, QType.Q5_1, *FLOAT_TYPES)
@@ -98,6 +99,86 @@ def test_threads_do_not_change_bytes_or_values(qtype):
     np.testing.assert_array_equal(decode_rows(encoded, qtype, 4096, threads=2), decode_rows(encoded, qtype, 4096))
 
 
+def mean_squares(*shape: int, seed: int = 0) -> np.ndarray:
+    """Importance as unequal as that of real layers: most of it on few columns."""
+    return np.random.default_rng(seed).gamma(0.3, size=shape).astype(np.float32)
+
+
+def quantize_chunk(rows: np.ndarray, qtype: QType, importance: np.ndarray) -> np.ndarray:
+    """ggml's own answer for one matrix in one call."""
+    out = np.zeros((len(rows), row_bytes(qtype, rows.shape[1])), np.uint8)
+    pointers = (rows.ctypes.data, out.ctypes.data)
+    written = _library().ggml_quantize_chunk(int(qtype), *pointers, 0, *rows.shape, importance.ctypes.data)
+    assert written == out.nbytes
+    return out
+
+
+@pytest.mark.parametrize("qtype", (*EXPERT_TYPES, QType.F16, QType.BF16), ids=lambda q: q.name)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_importance_gives_the_bytes_ggml_gives_each_matrix_alone(qtype, threads):
+    # Matrices of 70 rows, in chunks of 64.
+    rows, importance = gaussian(140, 4096), mean_squares(2, 4096)
+    expected = [quantize_chunk(part, qtype, vector) for part, vector in zip(np.split(rows, 2), importance, strict=True)]
+    np.testing.assert_array_equal(encode_rows(rows, qtype, threads, importance), np.concatenate(expected))
+    np.testing.assert_array_equal(encode_rows(rows[:70], qtype, threads, importance[0]), expected[0])
+
+
+@pytest.mark.parametrize("qtype", (*EXPERT_TYPES, *FLOAT_TYPES), ids=lambda q: q.name)
+def test_importance_moves_error_to_columns_of_little_importance(qtype):
+    rows = gaussian(64, 512, seed=3)
+    ratios = []
+    for seed in range(8):
+        importance = mean_squares(512, seed=seed)
+        plain, weighed = (
+            importance @ np.square(rows - decode_rows(encode_rows(rows, qtype, 1, given), qtype, 512)).sum(axis=0)
+            for given in (None, importance)
+        )
+        ratios.append(weighed / plain if plain else 1.0)
+    if qtype in (QType.Q8_0, *FLOAT_TYPES):
+        assert ratios == [1.0] * 8
+    else:
+        assert np.mean(ratios) < 0.85
+
+
+@pytest.mark.parametrize(
+    ("importance", "cause"),
+    [
+        pytest.param(np.ones(512), "float64", id="float64"),
+        pytest.param(np.ones(256, np.float32), r"\[512\], found float32 \(256,\)", id="other-columns"),
+        pytest.param(np.ones((1, 1, 512), np.float32), r"\(1, 1, 512\)", id="three-dimensional"),
+        pytest.param(np.ones((3, 512), np.float32), "4 rows .* 3 matrices", id="rows-left-over"),
+        pytest.param(np.ones((0, 512), np.float32), "4 rows .* 0 matrices", id="no-matrices"),
+        pytest.param(np.full(512, np.nan, np.float32), "between 0", id="nan"),
+        pytest.param(np.full(512, np.inf, np.float32), "between 0", id="infinite"),
+        pytest.param(np.full(512, -1e-3, np.float32), "between 0", id="negative"),
+        # ggml makes Q4_K blocks of NaN with this, and Q3_K blocks of zeros.
+        pytest.param(np.full(512, 1e38, np.float32), r"between 0 and 1e\+20", id="overflowing"),
+    ],
+)
+def test_importance_of_another_kind_is_a_value_error(importance, cause):
+    with pytest.raises(ValueError, match=cause):
+        encode_rows(gaussian(4, 512), QType.Q4_K, importance=importance)
+
+
+@pytest.mark.parametrize("qtype", EXPERT_TYPES, ids=lambda q: q.name)
+def test_the_largest_importance_allowed_overflows_nowhere(qtype):
+    rows = gaussian(8, 512, scale=100)
+    importance = np.where(np.arange(512) % 2, np.float32(1e20), np.float32(1e-20)).astype(np.float32)
+    decoded = decode_rows(encode_rows(rows, qtype, importance=importance), qtype, 512)
+    assert np.square(rows - decoded).sum(axis=0)[1::2].sum() < 0.2 * np.square(rows)[:, 1::2].sum()
+
+
+@given(n_rows=st.integers(0, 60), step=st.integers(1, 20), block=st.none() | st.integers(1, 70))
+def test_spans_cover_all_rows_in_order_and_stay_inside_blocks(n_rows, step, block):
+    spans = row_spans(n_rows, step, block)
+    assert [row for start, stop in spans for row in range(start, stop)] == list(range(n_rows))
+    assert all(1 <= stop - start <= step for start, stop in spans)
+    if block:
+        assert all(start // block == (stop - 1) // block for start, stop in spans)
+    else:
+        assert len(spans) == -(-n_rows // step)
+
+
 @pytest.mark.parametrize("qtype", GAUSSIAN_ERROR, ids=lambda q: q.name)
 def test_the_error_on_gaussian_weights_is_the_published_one(qtype):
     rows = gaussian(64, 1024, seed=7).astype(np.float64)
@@ -114,7 +195,7 @@ def test_more_bits_mean_less_error():
 
 @pytest.mark.parametrize("qtype", (*EXPERT_TYPES, *FLOAT_TYPES), ids=lambda q: q.name)
 def test_no_rows_encode_to_no_bytes(qtype):
-    encoded = encode_rows(np.empty((0, 256), np.float32), qtype, threads=2)
+    encoded = encode_rows(np.empty((0, 256), np.float32), qtype, threads=2, importance=np.ones((3, 256), np.float32))
     assert encoded.shape == (0, row_bytes(qtype, 256))
     assert decode_rows(encoded, qtype, 256, threads=2).shape == (0, 256)
 

@@ -10,8 +10,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from small_sources import expert_tensors, gaussian, stack_name, write_source
+from small_sources import expert_tensors, gaussian, stack_name, write_gguf, write_source
 
+from alphaq_gguf.calibration.imatrix import ImportanceMatrix, open_importance
 from alphaq_gguf.checkpoint import ExpertMatrix, ExpertStack, Source
 from alphaq_gguf.encode import encode_rows
 from alphaq_gguf.errors import AlphaQError, WeightError
@@ -59,9 +60,9 @@ class Counting:
         return self.source.read_matrix(matrix)
 
 
-def squared_error(weight: np.ndarray, qtype: QType) -> float:
+def squared_error(weight: np.ndarray, qtype: QType, importance: np.ndarray | None = None) -> float:
     """Sum of squared differences in float64, decoded by the `gguf` package."""
-    decoded = gguf.dequantize(encode_rows(weight, qtype), qtype)
+    decoded = gguf.dequantize(encode_rows(weight, qtype, importance=importance), qtype)
     return float(np.square(weight.astype(np.float64) - decoded).sum())
 
 
@@ -374,3 +375,78 @@ def test_row_variances_are_those_of_each_expert_s_first_matrix(projs: tuple[str,
     assert measure(source, row_variances=True, **arguments).row_variances == found
     (ledger,) = (tmp_path / "cache").glob("row-variances-*.csv")
     assert "row_variance" in ledger.read_text()
+
+
+def write_imatrix(path: Path, source: Source, seed: int = 0) -> tuple[ImportanceMatrix, dict[str, np.ndarray]]:
+    """An importance matrix of all stacks and the mean squares it was written from, 1 for the last expert: no tokens."""
+    rng = np.random.default_rng(seed)
+    means = {s.name: rng.gamma(0.3, size=(s.n_experts, s.n_cols)).astype(np.float32) for s in source.stacks}
+    tensors = {}
+    for name, values in means.items():
+        counts = np.full((len(values), 1), 64, np.float32)
+        values[-1], counts[-1] = 1, 0
+        tensors |= {f"{name}.in_sum2": values * counts, f"{name}.counts": counts}
+    return open_importance(write_gguf(path, tensors, general__type="imatrix"), source), means
+
+
+def test_distortions_are_those_of_the_rounding_that_an_imatrix_weighs(source, tensors, tmp_path):
+    imatrix, means = write_imatrix(tmp_path / "imatrix.gguf", source)
+    found = run(source, tmp_path, alphas=None, imatrix=imatrix).distortions
+    plain = run(source, tmp_path, alphas=None).distortions
+    for matrix in [m for s in source.stacks for m in s.matrices]:
+        weight = tensors[matrix.stack][matrix.xid]
+        for qtype in TYPES:
+            expected = squared_error(weight, qtype, means[matrix.stack][matrix.xid])
+            error = found[key_of(matrix), qtype].squared_error
+            assert error == pytest.approx(expected, rel=1e-6)
+            assert (error != plain[key_of(matrix), qtype].squared_error) == (qtype != QType.Q8_0)
+
+
+def test_gate_and_up_of_a_fused_stack_share_the_importance_of_their_expert(tmp_path):
+    name = stack_name("gate_up")
+    fused = gaussian(3, 512, 256)
+    source = write_source(tmp_path / "m.gguf", {name: fused})
+    imatrix, means = write_imatrix(tmp_path / "imatrix.gguf", source)
+    found = run(source, tmp_path, (QType.Q4_K,), alphas=None, imatrix=imatrix).distortions
+    for xid in range(3):
+        for proj, half in (("gate", fused[xid, :256]), ("up", fused[xid, 256:])):
+            expected = squared_error(np.ascontiguousarray(half), QType.Q4_K, means[name][xid])
+            assert found[(name, xid, proj), QType.Q4_K].squared_error == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_stack_the_imatrix_does_not_know_is_rounded_without_weights(source, tensors, tmp_path):
+    name = stack_name("down")
+    tensors = {f"{name}.in_sum2": np.full((3, 256), 2, np.float32), f"{name}.counts": np.ones((3, 1), np.float32)}
+    imatrix = open_importance(write_gguf(tmp_path / "i.gguf", tensors, general__type="imatrix"), source)
+    found = run(source, tmp_path, (QType.Q4_K,), alphas=None, imatrix=imatrix).distortions
+    plain = run(source, tmp_path, (QType.Q4_K,), alphas=None).distortions
+    assert {key[0] for (key, qtype), error in found.items() if error != plain[key, qtype]} == {name}
+
+
+def test_errors_under_another_imatrix_or_none_are_measured_apart(source, tmp_path):
+    first = run(source, tmp_path)
+    assert "imatrix" not in first.distortion_header
+    weighed = []
+    for seed in range(2):
+        imatrix, _ = write_imatrix(tmp_path / f"{seed}.gguf", source, seed)
+        for n_read in (9, 0):
+            counting = Counting(source)
+            weighed.append(run(counting, tmp_path, imatrix=imatrix))
+            assert counting.n_read == n_read
+        assert weighed[-1].distortion_header == {**first.distortion_header, "imatrix": imatrix.digest}
+        assert weighed[-1] == weighed[-2]
+    assert first.distortions != weighed[0].distortions != weighed[2].distortions
+    assert {first.alphas == found.alphas for found in weighed} == {True}
+    counting = Counting(source)
+    assert run(counting, tmp_path) == first
+    assert counting.n_read == 0
+
+
+def test_sampled_rows_estimate_the_error_of_weighed_rounding():
+    weight, importance = gaussian(256, 256), np.random.default_rng(1).gamma(0.3, size=256).astype(np.float32)
+    whole = measure_distortion(weight, QType.Q3_K, None, 0, 1, importance)
+    plain = measure_distortion(weight, QType.Q3_K, None, 0, 1)
+    samples = [measure_distortion(weight, QType.Q3_K, 64, seed, 1, importance) for seed in range(20)]
+    errors = np.array([s.squared_error for s in samples])
+    assert (np.abs(errors - whole.squared_error) < 5 * np.array([s.standard_error for s in samples])).all()
+    assert errors.min() > plain.squared_error

@@ -1,0 +1,94 @@
+"""From a source and a recipe to a GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .calibration.imatrix import ImportanceMatrix
+from .checkpoint import Source
+from .encode import encode_rows, row_spans
+from .errors import AlphaQError
+from .gguf_file import TensorInfo
+from .layout import plan_file
+from .prefetch import prefetch
+from .qtypes import FLOAT_TYPES
+from .recipe import Recipe, check_recipe
+from .reporter import Reporter
+from .writer import check_output, write_gguf
+
+# Weights read and encoded at once: 16 MiB of float32, enough for every core to have a share.
+_CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion. `resumed_bytes` were already there from an interrupted run."""
+
+    path: Path
+    size: int
+    recipe: Recipe
+    resumed_bytes: int
+
+
+def convert(
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    *,
+    imatrix: ImportanceMatrix | None = None,
+    force: bool = False,
+    threads: int = 1,
+    reporter: Reporter | None = None,
+) -> Conversion:
+    """Write the GGUF that `recipe` makes of `source` to `out`, in one pass and atomically.
+
+    `imatrix` weighs the rounding of every tensor that it knows, as llama-quantize does. OutputError when `out`
+    cannot be written, AlphaQError when the recipe is for another source or importance matrix, WeightError on NaN
+    or infinite weights. An interrupted run continues when called again.
+    """
+    check_recipe(recipe, source, "recipe")
+    check_imatrix(recipe, imatrix, "recipe")
+    check_output(out, force=force, inputs=source.files)
+    plan = plan_file(source, recipe, imatrix)
+
+    def produce(info: TensorInfo) -> Iterator[np.ndarray]:
+        stored = source.tensors[info.name]
+        # Floats always pass through float32, exactly, because that is where NaN is looked for.
+        copy = stored.qtype == info.qtype and info.qtype not in FLOAT_TYPES
+        read = source.read_bytes if copy else source.read_rows
+        weights = None if copy or imatrix is None else imatrix.weights(info.name)
+        height = max(1, info.n_rows // (1 if weights is None else len(weights)))
+        # A span holds whole matrices or lies in one, so that the importance of its rows is that of whole vectors.
+        step = max(1, _CHUNK_WEIGHTS // max(info.n_cols, 1))
+        spans = row_spans(info.n_rows, step, step // height * height or height)
+        chunks = prefetch(lambda span=span: read(info.name, *span) for span in spans)
+        for (start, stop), rows in zip(spans, chunks, strict=True):
+            importance = None if weights is None else weights[start // height : -(-stop // height)]
+            yield rows if copy else encode_rows(rows, info.qtype, threads, importance)
+
+    resumed = write_gguf(out, plan.header, plan.tensors, plan.size, produce, reporter)
+    return Conversion(out, plan.size, recipe, resumed)
+
+
+def check_imatrix(recipe: Recipe, imatrix: ImportanceMatrix | None, where: str) -> None:
+    """AlphaQError unless `imatrix` is the one that the recipe was made with, or neither is there."""
+    named = recipe.settings.get("imatrix") or {}
+    file, digest = named.get("file"), named.get("digest")
+    if digest == (None if imatrix is None else imatrix.digest):
+        return
+    if imatrix is None:
+        raise AlphaQError(f"{where}: allocated with the importance matrix {file}, none is given", f"--imatrix {file}")
+    if digest is None:
+        raise AlphaQError(
+            f"{where}: allocated without an importance matrix, {imatrix.label} is given",
+            "allocate again with --imatrix, or leave it out",
+        )
+    raise AlphaQError(
+        f"{where}: allocated with the importance matrix {file}, {digest[:12]}: "
+        f"{imatrix.label} is {imatrix.digest[:12]}",
+        "give that one, or allocate again with this --imatrix",
+    )
