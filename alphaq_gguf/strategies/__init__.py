@@ -7,9 +7,12 @@ from importlib.metadata import entry_points
 from .alphaq import AlphaQ
 from .base import NEEDS, Allocation, Problem, Strategy, Unit
 from .inverse_alpha import InverseAlpha
+from .moqa import MoQa
 from .mse import MeanSquaredError
+from .pmq import PMQ
 from .random import Random
 from .router_norm import RouterNorm
+from .self_usage import SelfUsage
 from .sim_routing import SimRouting
 from .uniform import Uniform
 
@@ -19,7 +22,19 @@ ENTRY_POINTS = "alphaq_gguf.strategies"
 """The entry point group whose objects are strategies, as instances or classes."""
 
 STRATEGIES: dict[str, Strategy] = {
-    s.name: s for s in (AlphaQ(), SimRouting(), RouterNorm(), MeanSquaredError(), Uniform(), Random(), InverseAlpha())
+    s.name: s
+    for s in (
+        AlphaQ(),
+        SimRouting(),
+        SelfUsage(),
+        RouterNorm(),
+        MoQa(),
+        PMQ(),
+        MeanSquaredError(),
+        Uniform(),
+        Random(),
+        InverseAlpha(),
+    )
 }
 
 BROKEN: dict[str, str] = {}

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ..allocate import solve_budget
+from ..calibration import Calibration
 from ..checkpoint import ExpertMatrix
 from ..errors import AlphaQError
 from ..measurements import Alpha, Distortion, Key, key_of
@@ -45,7 +46,8 @@ class Problem:
     `qtypes` are the columns of every table; `size` int64 [units, types] in bytes, `allowed` bool
     [units, types]; `budget` in bytes. `gamma` None asks for the rule of choose_gamma. `masses`, by which
     costs are multiplied where there are any, and `router_norms` are by (layer, expert); `row_variances`
-    hold the largest variance of a row.
+    hold the largest variance of a row. `calibration` says how text uses the experts; `exponents` are PMQ's of
+    frequency, gate weight and error.
     """
 
     units: tuple[Unit, ...]
@@ -58,6 +60,8 @@ class Problem:
     masses: dict[tuple[int, int], float] = field(default_factory=dict)
     router_norms: dict[tuple[int, int], float] = field(default_factory=dict)
     row_variances: dict[Key, float] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    exponents: tuple[float, float, float] = (1.0, 1.0, 2.0)
     analytic: bool = False
     gamma: float | None = None
     alpha_reference: str = "all"
@@ -117,6 +121,10 @@ NEEDS = {
     "routing": "weights: routers, with simulated vectors",
     "router": "weights: routers",
     "row_variances": "weights: variances of rows",
+    "usage": "calibration: tokens routed to each expert, and with what weight",
+    "significance": "calibration: gate weights x activations of each expert",
+    "block_errors": "calibration: change of a block's output by each expert and type",
+    "self_usage": "weights: tokens routed to each expert in text that the model writes itself",
 }
 """What strategies can ask to be measured, and what of the model it takes."""
 
@@ -181,3 +189,21 @@ def with_floor(masses: dict[tuple[int, int], float]) -> dict[tuple[int, int], fl
         layers[bid].append(mass)
     least = {bid: MASS_FLOOR * float(np.mean(found)) for bid, found in layers.items()}
     return {(bid, xid): max(mass, least[bid]) for (bid, xid), mass in masses.items()}
+
+
+def calibration_of(problem: Problem) -> Calibration:
+    """What calibration found; AlphaQError where there is none."""
+    if problem.calibration is None:
+        raise AlphaQError(
+            "how text uses the experts is not known", "measure it with `alphaq-gguf calibrate` and give --calibration"
+        )
+    return problem.calibration
+
+
+def check_numbers(found: np.ndarray, what: str) -> np.ndarray:
+    """`found`, if it holds non-negative numbers only; AlphaQError otherwise."""
+    if not (np.isfinite(found) & (found >= 0)).all():
+        raise AlphaQError(
+            f"{what}: not all are numbers from 0 on", "calibrate again, with more text if a layer was not reached"
+        )
+    return found

@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import BudgetError, UsageError
-from ..qtypes import NOMINAL_BITS, block_size
 from .base import Allocation, Problem
+from .levels import available_bits, choice_at, choose_levels, level_columns, level_sizes
 
 ZETA = 3.0
 """How many times the row variance of an expert above it lifts an expert in the order."""
@@ -33,18 +33,15 @@ class RouterNorm:
         experts are raised in the same order until the first does not fit.
         """
         layers = _order_experts(problem)
-        bits = sorted({NOMINAL_BITS[problem.qtypes[t]] for t in np.flatnonzero(problem.allowed.any(axis=0))})
+        bits = available_bits(problem)
         # Tables by expert in order of precision, one layer after another: [experts, levels] of bytes.
-        columns = _level_columns(problem, bits)
-        unit_size = np.take_along_axis(problem.size, columns, axis=1)
+        columns = level_columns(problem, bits)
         experts = [units for layer in layers for units in layer]
-        size = np.array([unit_size[units].sum(axis=0) for units in experts])
+        size = level_sizes(problem, columns, experts)
         lengths = [len(layer) for layer in layers]
         chosen, average, top = _highest_average(size, lengths, bits, problem.budget)
         _raise_experts(chosen, size, lengths, top, problem.budget)
-        choice = np.zeros(len(problem.units), dtype=np.int64)
-        for level, units in zip(chosen, experts, strict=True):
-            choice[units] = columns[units, level]
+        choice = choice_at(columns, experts, chosen)
         return Allocation(choice, method="router norm order", parameters={"average_bits": average})
 
 
@@ -93,16 +90,6 @@ def level_counts(n: int, average: float | Fraction, levels: Sequence[int]) -> tu
     return n_low + swaps, n_middle - 2 * swaps, n_high + swaps
 
 
-def choose_levels(bits: Sequence[int], average: float | Fraction) -> Sequence[int]:
-    """The levels to mix: the one nearest the average and its neighbours if equally spaced, else the two around it."""
-    nearest = min(range(len(bits)), key=lambda i: abs(bits[i] - average))
-    three = bits[max(nearest - 1, 0) : nearest + 2]
-    if len(three) == 3 and three[1] - three[0] == three[2] - three[1]:
-        return three
-    below = max(i for i, b in enumerate(bits) if b <= average)
-    return bits[below : below + 2]
-
-
 def _order_experts(problem: Problem) -> list[list[list[int]]]:
     """For each layer its experts in order of precision, each as the indices of its units."""
     units_of: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -129,33 +116,6 @@ def _order_experts(problem: Problem) -> list[list[list[int]]]:
         order = promote(order, [variances[bid, xid] for xid in xids])
         layers.append([experts[xids[i]] for i in order])
     return layers
-
-
-def _level_columns(problem: Problem, bits: Sequence[int]) -> np.ndarray:
-    """The column of each unit's type at each level, int [units, levels]."""
-    known: dict[tuple[bytes, bytes], list[int]] = {}
-    rows = []
-    for u in range(len(problem.units)):
-        # Experts of one stack share their row of the table, and there may be tens of thousands of them.
-        key = problem.allowed[u].tobytes(), problem.size[u].tobytes()
-        if key not in known:
-            known[key] = [_column_at(problem, u, b) for b in bits]
-        rows.append(known[key])
-    return np.array(rows)
-
-
-def _column_at(problem: Problem, u: int, bits: int) -> int:
-    """The column of the type with these nominal bits, else of the next larger one, else of the largest.
-
-    Among equal bits the smallest, then a K-quant, then IQ4_NL.
-    """
-
-    def preference(t: int) -> tuple[bool, int, int, int, int]:
-        qtype = problem.qtypes[t]
-        nominal = NOMINAL_BITS[qtype]
-        return nominal < bits, abs(nominal - bits), int(problem.size[u, t]), -block_size(qtype), -qtype.value
-
-    return min((int(t) for t in np.flatnonzero(problem.allowed[u])), key=preference)
 
 
 def _highest_average(

@@ -11,23 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit import expert_problems
+from unit.expert_problems import model, spent, stack, types_of
 
-from alphaq_gguf.budget import AllocationSettings, make_problem, make_units, matrices_bytes
+from alphaq_gguf.budget import matrices_bytes
 from alphaq_gguf.checkpoint import ExpertStack
 from alphaq_gguf.errors import AlphaQError, BudgetError
 from alphaq_gguf.measurements import key_of
 from alphaq_gguf.qtypes import NOMINAL_BITS, QType, bpw
 from alphaq_gguf.scope import allocate_scope
-from alphaq_gguf.strategies import Allocation, Problem
-from alphaq_gguf.strategies.router_norm import (
-    RouterNorm,
-    choose_levels,
-    level_counts,
-    order_by_norm,
-    promote,
-)
+from alphaq_gguf.strategies import Problem
+from alphaq_gguf.strategies.levels import choose_levels
+from alphaq_gguf.strategies.router_norm import RouterNorm, level_counts, order_by_norm, promote
 
-SETTINGS = AllocationSettings(bpw=1.0)
 Q2, Q3, Q4, Q5, Q6, Q8 = QType.Q2_K, QType.Q3_K, QType.Q4_K, QType.Q5_K, QType.Q6_K, QType.Q8_0
 
 
@@ -166,19 +162,6 @@ def test_levels_may_be_far_apart_or_alone():
 # The allocation.
 
 
-def stack(bid: int, proj: str, n_experts: int, n_cols: int = 256, n_rows: int = 4) -> ExpertStack:
-    return ExpertStack(f"blk.{bid}.ffn_{proj}_exps.weight", bid, proj, n_experts, n_rows, n_cols)
-
-
-def model(n_experts: tuple[int, ...], down_cols: int = 256) -> list[ExpertStack]:
-    """A layer for each number of experts, with gate, up and down."""
-    return [
-        stack(bid, proj, n, down_cols if proj == "down" else 256)
-        for bid, n in enumerate(n_experts)
-        for proj in ("gate", "up", "down")
-    ]
-
-
 def pose(
     stacks: list[ExpertStack],
     share: float = 0.5,
@@ -189,28 +172,12 @@ def pose(
 ) -> Problem:
     """A problem with random norms and variances that move nobody, and a share of the range of sizes to spend."""
     rng = np.random.default_rng(seed)
-    problem = make_problem(make_units(stacks, fixed or {}, types, granularity), SETTINGS, 1)
-    low = int(np.where(problem.allowed, problem.size, 10**12).min(axis=1).sum())
     matrices = [m for s in stacks for m in s.matrices]
     return replace(
-        problem,
-        budget=low + int(share * (int(problem.size.max(axis=1).sum()) - low)),
+        expert_problems.pose(stacks, share, granularity, types, fixed),
         router_norms={place: float(rng.uniform(1, 2)) for place in sorted({(m.bid, m.xid) for m in matrices})},
         row_variances={key_of(m): float(rng.uniform(1, 2.9)) for m in matrices},
     )
-
-
-def spent(problem: Problem, found: Allocation) -> int:
-    return int(problem.size[np.arange(len(found.choice)), found.choice].sum())
-
-
-def types_of(problem: Problem, found: Allocation) -> dict[tuple[int, int], dict[str, QType]]:
-    """(layer, expert) -> projection -> type."""
-    types: dict[tuple[int, int], dict[str, QType]] = defaultdict(dict)
-    for unit, t in zip(problem.units, found.choice, strict=True):
-        assert unit.xid is not None
-        types[unit.bid, unit.xid][unit.proj] = problem.qtypes[t]
-    return types
 
 
 def gate_types(problem: Problem, bid: int = 0) -> list[str]:

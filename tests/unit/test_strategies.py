@@ -272,6 +272,11 @@ def test_every_strategy_is_registered_under_its_name_with_a_summary():
         assert strategy.needs <= NEEDS.keys()
 
 
+def test_the_registry_lists_methods_before_controls():
+    methods = ["alphaq", "sim-routing", "self", "router-norm", "moqa", "pmq"]
+    assert [*STRATEGIES] == [*methods, "mse", "uniform", "random", "inverse-alpha"]
+
+
 def mixed_units() -> list[Unit]:
     wide = [make_unit(f"k{i}", "up", 2, 4, 256, K_TYPES) for i in range(5)]
     return [*wide, *(make_unit(f"l{i}", "down", 2, 4, 352, LEGACY_TYPES) for i in range(3))]
