@@ -19,6 +19,7 @@ from .budget import (
     matrices_bytes,
     smallest_choice,
 )
+from .calibration.imatrix import ImportanceMatrix, open_importance
 from .checkpoint import Source
 from .layout import alignment_of, plan_file
 from .measurements import Measurements, key_of
@@ -27,7 +28,7 @@ from .qtypes import QType
 from .recipe import Recipe, RecipeUnit
 from .reporter import Reporter, Silent
 from .scope import allocate_scope
-from .signals import measure_signals, needs_of
+from .signals import mass_of, measure_masses, measure_signals, needs_of
 from .spread import spread_of, warnings_about
 from .stacking import stacking_loss
 from .strategies import STRATEGIES, Allocation, Problem
@@ -58,15 +59,20 @@ def allocate(
     """
     reporter = reporter or Silent()
     strategy = STRATEGIES[settings.strategy]
-    needs = needs_of(strategy, settings)
+    # Errors are measured for every strategy: what stacking costs is told of all of them.
+    needs = needs_of(strategy, settings) | {"distortions"}
     frame = frame_problem(source, settings, reporter)
+    masses = {}
+    if mass := mass_of(strategy, settings):
+        masses = measure_masses(source, mass, settings, cache_dir=cache_dir, threads=threads, reporter=reporter)
     problem, measured = measure_signals(
         source,
         settings,
         needs,
-        frame.problem,
+        replace(frame.problem, masses=masses),
         cache_dir=cache_dir,
         alphas_file=alphas_file,
+        imatrix=frame.imatrix,
         device=device,
         threads=threads,
         reporter=reporter,
@@ -77,11 +83,11 @@ def allocate(
     budget = frame.problem.budget
     while True:
         allocation = allocate_scope(strategy, replace(problem, budget=budget), settings.scope)
-        recipe = _recipe(frame.base, problem, allocation, settings, measured)
+        recipe = _recipe(frame.base, problem, allocation, settings, measured, frame.imatrix)
         recipe.result["stacking"] = _stacking(source, frame.fixed, settings, problem, allocation, recipe)
         if settings.granularity != "stack":
             return recipe
-        recipe.result["file_bytes"] = plan_file(source, recipe).size
+        recipe.result["file_bytes"] = plan_file(source, recipe, frame.imatrix).size
         if frame.need is not None:
             recipe.result["memory_bytes"] = recipe.result["file_bytes"] + frame.need.beside_weights
         # The recipe travels in the file's metadata, so its own length can push the file over by a few bytes.
@@ -95,13 +101,14 @@ def allocate(
 class Frame:
     """What every allocation of a source is made within: the problem with its budget, and a recipe without units.
 
-    `fixed` are the types the user set for stacks; `file_limit` and `need` are there when the budget
-    is a file size or memory.
+    `fixed` are the types the user set for stacks, `imatrix` is what weighs rounding; `file_limit` and `need` are
+    there when the budget is a file size or memory.
     """
 
     base: Recipe
     problem: Problem
     fixed: dict[str, QType]
+    imatrix: ImportanceMatrix | None
     file_limit: int | None
     need: MemoryNeed | None
 
@@ -115,13 +122,31 @@ def frame_problem(source: Source, settings: AllocationSettings, reporter: Report
     base = Recipe(
         TOOL, source.fingerprint, source.architecture, {}, {}, (), tensor_types, granularity=settings.granularity
     )
+    imatrix = read_imatrix(source, settings.imatrix, reporter)
     need, file_limit = None, settings.size_bytes
     if settings.fit_bytes is not None:
         need = memory_beside(source, settings.n_ctx, reporter)
         file_limit = settings.fit_bytes - need.beside_weights
-    overhead = 0 if file_limit is None else overhead_bytes(source, base, settings)
+    overhead = 0 if file_limit is None else overhead_bytes(source, base, settings, imatrix)
     budget = budget_bytes(settings, problem, overhead, file_limit)
-    return Frame(base, replace(problem, budget=budget), fixed, file_limit, need)
+    return Frame(base, replace(problem, budget=budget), fixed, imatrix, file_limit, need)
+
+
+def read_imatrix(source: Source, path: Path | None, reporter: Reporter) -> ImportanceMatrix | None:
+    """The importance matrix of `source` at `path`, with a word on what it does not cover."""
+    if path is None:
+        return None
+    imatrix = open_importance(path, source)
+    for remark in imatrix.remarks:
+        reporter.warn(remark)
+    if unrouted := imatrix.never_routed():
+        count = sum(unrouted.values())
+        total = sum(stack.n_experts for stack in source.stacks)
+        reporter.warn(
+            f"{imatrix.label}: {count} of {total} expert matrices were reached by no token (most in "
+            f"{max(unrouted, key=unrouted.__getitem__)}): they are rounded without weights"
+        )
+    return imatrix
 
 
 def _stacking(
@@ -132,13 +157,15 @@ def _stacking(
     allocation: Allocation,
     recipe: Recipe,
 ) -> dict[str, Any] | None:
-    """What one type per stack costs at the bytes the allocation spends; None without a cost table."""
-    if allocation.weights is None:
-        return None
+    """What one type per stack costs at the bytes the allocation spends.
+
+    Errors count as the allocation's cost table weighs them, all the same where it has none.
+    """
+    weights = allocation.weights or {key_of(m): 1.0 for stack in source.stacks for m in stack.matrices}
     spent: dict[int, int] = {}
     for unit in recipe.units:
         spent[unit.layer] = spent.get(unit.layer, 0) + unit.n_bytes
-    found = stacking_loss(source.stacks, fixed, settings, problem, allocation.weights, spent)
+    found = stacking_loss(source.stacks, fixed, settings, problem, weights, spent)
     if found is None:
         return None
     layers = {str(layer): {**asdict(losses), "kept": losses.kept} for layer, losses in found.layers.items()}
@@ -152,7 +179,9 @@ def memory_beside(source: Source, n_ctx: int, reporter: Reporter) -> MemoryNeed:
     return need
 
 
-def overhead_bytes(source: Source, base: Recipe, settings: AllocationSettings) -> int:
+def overhead_bytes(
+    source: Source, base: Recipe, settings: AllocationSettings, imatrix: ImportanceMatrix | None = None
+) -> int:
     """Bytes of the file beside its expert stacks, with a recipe as long as the real one will be."""
     units = make_units(source.stacks, {}, None)
     problem = make_problem(units, replace(settings, bpw=None), alignment_of(source))
@@ -160,7 +189,7 @@ def overhead_bytes(source: Source, base: Recipe, settings: AllocationSettings) -
     rows = np.arange(len(choice))
     numbers = np.full(len(choice), _SOME_NUMBER)
     placeholder = Allocation(choice, numbers, *[_SOME_NUMBER] * 3, method="highs", sensitivity=numbers)
-    provisional = _recipe(replace(base, granularity="stack"), problem, placeholder, settings, None)
+    provisional = _recipe(replace(base, granularity="stack"), problem, placeholder, settings, None, imatrix)
     alphas = dict.fromkeys(("alpha_median", "alpha_min", "alpha_max"), _SOME_NUMBER)
     longest = tuple(replace(unit, **alphas) for unit in provisional.units)
     # As long as any size, so that the answer does not depend on the size that is asked for.
@@ -170,7 +199,7 @@ def overhead_bytes(source: Source, base: Recipe, settings: AllocationSettings) -
     losses = dict.fromkeys(("per_expert", "per_stack", "uniform", "kept"), _SOME_NUMBER)
     layers = {str(unit.layer): losses for unit in longest}
     provisional.result["stacking"] = {**losses, "layers": layers}
-    size = plan_file(source, replace(provisional, units=longest)).size
+    size = plan_file(source, replace(provisional, units=longest), imatrix).size
     return size + _SETTINGS_BYTES - int(problem.size[rows, choice].sum())
 
 
@@ -180,6 +209,7 @@ def _recipe(
     allocation: Allocation,
     settings: AllocationSettings,
     measured: Measurements | None,
+    imatrix: ImportanceMatrix | None,
 ) -> Recipe:
     units = []
     for u, unit in enumerate(problem.units):
@@ -217,6 +247,9 @@ def _recipe(
         "alpha_reference": settings.alpha_reference,
         "routing_mass": settings.routing_mass,
         "initial_router": None if settings.initial_router is None else settings.initial_router.name,
+        "calibration": None if settings.calibration is None else settings.calibration.name,
+        "imatrix": None if imatrix is None else {"file": Path(imatrix.label).name, "digest": imatrix.digest},
+        "exponents": settings.exponents if settings.strategy == "pmq" else None,
         "seed": settings.alphas.seed,
         "distortion": settings.distortion.kind,
         "types": None if settings.types is None else [q.name for q in settings.types],

@@ -20,7 +20,7 @@ from .strategies.base import matrix_type
 from .tensor_types import Override
 
 DEFAULT_CONTEXT = 8192
-ROUTING_MASSES = ("none", "count", "gate2")
+ROUTING_MASSES = ("none", "count", "gate2", "true-count", "true-gate2")
 SCOPES = ("global", "layer", "projection")
 
 
@@ -31,8 +31,9 @@ class AllocationSettings:
 
     `granularity` is what gets a type of its own, one of GRANULARITIES; `scope` is what the budget is
     divided over evenly first, one of SCOPES. `routing_mass`, one of ROUTING_MASSES, multiplies costs by how
-    much random vectors use an expert; None leaves it to the strategy. `initial_router` is a safetensors
-    file with the routers before training.
+    much random vectors use an expert, or text ("true-"); None leaves it to the strategy. `initial_router` is a
+    safetensors file with the routers before training. `imatrix` weighs rounding and tells how text uses the experts,
+    unless `calibration` does. `exponents` are PMQ's of frequency, gate weight and error.
     `gamma` None asks for the rule 1 / std(ln alpha); `types` restricts the types of expert stacks;
     `overrides` set the types of single tensors.
     """
@@ -48,6 +49,9 @@ class AllocationSettings:
     alpha_reference: str = "all"
     routing_mass: str | None = None
     initial_router: Path | None = None
+    calibration: Path | None = None
+    imatrix: Path | None = None
+    exponents: tuple[float, float, float] = (1.0, 1.0, 2.0)
     types: tuple[QType, ...] | None = None
     overrides: tuple[Override, ...] = ()
     alphas: AlphaSettings = field(default_factory=AlphaSettings)
@@ -145,6 +149,7 @@ def make_problem(units: tuple[Unit, ...], settings: AllocationSettings, alignmen
         analytic=settings.distortion.kind == "analytic",
         gamma=settings.gamma,
         alpha_reference=settings.alpha_reference,
+        exponents=settings.exponents,
         seed=settings.alphas.seed,
     )
 

@@ -12,12 +12,13 @@ from scipy.stats import rankdata
 
 from .allocation import frame_problem
 from .budget import AllocationSettings, matrices_bytes
+from .calibration.own_text import OWN
 from .checkpoint import Source
-from .errors import AlphaQError
+from .errors import AlphaQError, UsageError
 from .qtypes import bpw
 from .reporter import Reporter, Silent
 from .scope import allocate_scope
-from .signals import measure_signals, needs_of
+from .signals import CALIBRATED, mass_of, measure_masses, measure_signals, needs_of, tells_usage
 from .strategies import STRATEGIES, Problem
 from .strategies.base import matrix_distortion, matrix_type
 
@@ -62,26 +63,40 @@ def compare_strategies(
     """
     reporter = reporter or Silent()
     needs = frozenset({"distortions"}).union(*(s.needs for s in STRATEGIES.values()))
+    if not tells_usage(source, settings):
+        needs -= CALIBRATED
+    frame = frame_problem(source, settings, reporter)
     problem, _ = measure_signals(
         source,
         settings,
         needs,
-        frame_problem(source, settings, reporter).problem,
+        frame.problem,
         cache_dir=cache_dir,
         alphas_file=alphas_file,
+        imatrix=frame.imatrix,
         device=device,
         threads=threads,
         reporter=reporter,
     )
     results, bits = [], {}
+    known_masses: dict[str | None, dict[tuple[int, int], float]] = {None: {}}
     for name, strategy in STRATEGIES.items():
         try:
-            # Only those that ask for masses may see them, because they weigh every cost table.
             shared = settings if "router" in strategy.needs else replace(settings, initial_router=None)
-            own = problem if "routing" in needs_of(strategy, shared) else replace(problem, masses={})
+            needs_of(strategy, shared)
+            mass = mass_of(strategy, shared)
+            given = problem.calibration
+            if mass == OWN and (given is None or OWN not in given.datasets):
+                raise UsageError("the model has to write text first", "choose it alone, or calibrate with --text self")
+            if mass is not None and mass not in known_masses:
+                known_masses[mass] = measure_masses(
+                    source, mass, settings, cache_dir=cache_dir, threads=threads, reporter=reporter
+                )
+            # Only those that ask for masses may see them, because they weigh every cost table.
+            own = replace(problem, masses=known_masses[mass])
             choice = allocate_scope(strategy, own, settings.scope).choice
         except AlphaQError as error:
-            results.append(Result(name, reason=error.message))
+            results.append(Result(name, reason=f"{error.message} -> {error.hint}" if error.hint else error.message))
             continue
         results.append(_result(name, problem, choice))
         bits[name] = np.array([bpw(problem.qtypes[int(t)]) for t in choice])

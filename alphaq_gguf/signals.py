@@ -8,14 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from .budget import AllocationSettings, wanted_types
+from .calibration import Calibration
+from .calibration.imatrix import ImportanceMatrix
+from .calibration.own_text import OWN
+from .calibration.store import load_calibration
 from .checkpoint import Source
 from .checkpoint.shards import LocalShard
-from .errors import SourceError, UsageError
+from .errors import AlphaQError, SourceError, UsageError
 from .measure import measure
 from .measurements import Measurements
 from .reporter import Reporter
 from .routing import read_routers, simulate
 from .strategies import Problem, Strategy
+
+CALIBRATED = frozenset({"usage", "significance", "block_errors"})
+"""Needs that a calibration file answers."""
+MASSES_OF = {"routing": "count", "self_usage": OWN}
+"""Needs by which every cost of a strategy is multiplied, and with what."""
 
 
 def measure_signals(
@@ -26,11 +35,17 @@ def measure_signals(
     *,
     cache_dir: Path,
     alphas_file: Path | None,
+    imatrix: ImportanceMatrix | None,
     device: str,
     threads: int,
     reporter: Reporter,
 ) -> tuple[Problem, Measurements]:
-    """`problem` with all that strategies with these needs must know of the model."""
+    """`problem` with all that strategies with these needs must know of the model, except for the masses of experts.
+
+    Errors are those of rounding as `imatrix` weighs it.
+    """
+    # First, because what is wrong with the file should not come to light after an hour of measuring.
+    calibration = _calibration(source, settings, reporter) if needs & CALIBRATED else None
     analytic = problem.analytic and "distortions" in needs
     needs_alphas = "alphas" in needs or analytic
     measured = measure(
@@ -41,18 +56,16 @@ def measure_signals(
         row_variances="row_variances" in needs,
         cache_dir=cache_dir,
         given_alphas=alphas_file if needs_alphas else None,
+        imatrix=imatrix,
         device=device,
         threads=threads,
         reporter=reporter,
     )
-    masses = {}
-    if "routing" in needs:
-        masses = simulate_routing(source, settings.routing_mass or "count", settings.alphas.seed, reporter)
     known = replace(
         problem,
         alphas=measured.alphas,
         distortions=measured.distortions,
-        masses=masses,
+        calibration=calibration,
         router_norms=router_norms(source, settings.initial_router) if "router" in needs else {},
         row_variances=measured.row_variances,
     )
@@ -72,11 +85,82 @@ def needs_of(strategy: Strategy, settings: AllocationSettings) -> frozenset[str]
             f"--routing-mass {settings.routing_mass}: {strategy.name} weighs no encoding errors",
             "choose a strategy that does, such as mse or alphaq",
         )
-    if settings.routing_mass == "none" and "routing" in strategy.needs:
-        raise UsageError(f"--routing-mass none: {strategy.name} is nothing else", "use --strategy mse")
+    own = MASSES_OF.keys() & strategy.needs
+    simulated = settings.routing_mass in (None, "count", "gate2")
+    if settings.routing_mass is not None and own and not ("routing" in own and simulated):
+        raise UsageError(
+            f"--routing-mass {settings.routing_mass}: {strategy.name} has masses of its own", "use --strategy mse"
+        )
     if settings.initial_router is not None and "router" not in strategy.needs:
         raise UsageError(f"--initial-router: {strategy.name} looks at no router norms", "use --strategy router-norm")
-    return strategy.needs | ({"routing"} if asked else set())
+    if not asked:
+        return strategy.needs
+    return strategy.needs | ({"routing"} if simulated else {"usage"})
+
+
+def mass_of(strategy: Strategy, settings: AllocationSettings) -> str | None:
+    """What a strategy's costs are multiplied by under these settings: one of ROUTING_MASSES, OWN, or None."""
+    if settings.routing_mass not in (None, "none"):
+        return settings.routing_mass
+    return next((mass for need, mass in MASSES_OF.items() if need in strategy.needs), None)
+
+
+def measure_masses(
+    source: Source,
+    mass: str,
+    settings: AllocationSettings,
+    *,
+    cache_dir: Path,
+    threads: int,
+    reporter: Reporter,
+) -> dict[tuple[int, int], float]:
+    """(layer, expert) -> how much it is used: by random vectors, by a text, or by text the model writes itself."""
+    if mass in ("count", "gate2"):
+        return simulate_routing(source, mass, settings.alphas.seed, reporter)
+    if mass == OWN:
+        usage = _own_usage(source, settings, cache_dir, threads, reporter)
+    else:
+        usage = _calibration(source, settings, reporter)
+    layers = {stack.bid for stack in source.stacks}
+    found = {bid: usage.squared_gate(bid) if mass == "true-gate2" else usage.frequency(bid) for bid in layers}
+    return {(bid, xid): float(value) for bid, values in found.items() for xid, value in enumerate(values)}
+
+
+def tells_usage(source: Source, settings: AllocationSettings) -> bool:
+    """Whether a file was given from which strategies learn how text uses the experts; some imatrices only round."""
+    if settings.calibration is not None or settings.imatrix is None:
+        return settings.calibration is not None
+    try:
+        load_calibration(settings.imatrix, source)
+    except AlphaQError:
+        return False
+    return True
+
+
+def _own_usage(
+    source: Source, settings: AllocationSettings, cache_dir: Path, threads: int, reporter: Reporter
+) -> Calibration:
+    """From the calibration, if the model's own text is part of it; else the model writes some."""
+    from .calibration.run import own_usage
+
+    if settings.calibration is not None:
+        given = load_calibration(settings.calibration, source)
+        if OWN in given.datasets:
+            return given.of(OWN)
+    return own_usage(source, cache_dir=cache_dir, threads=threads, seed=settings.alphas.seed, reporter=reporter)
+
+
+def _calibration(source: Source, settings: AllocationSettings, reporter: Reporter) -> Calibration:
+    """How text uses the experts, from the file the user gave; UsageError without any."""
+    path = settings.calibration or settings.imatrix
+    if path is None:
+        raise UsageError(
+            "how text uses the experts is not known", "give --calibration FILE, made by `alphaq-gguf calibrate`"
+        )
+    found = load_calibration(path, source)
+    for remark in found.remarks:
+        reporter.warn(remark)
+    return found
 
 
 def simulate_routing(source: Source, kind: str, seed: int, reporter: Reporter) -> dict[tuple[int, int], float]:

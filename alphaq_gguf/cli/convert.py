@@ -9,13 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from ..allocation import read_imatrix
+from ..calibration.imatrix import open_importance
 from ..console import format_count
 from ..errors import UsageError
 from ..modelfile import render_modelfile
-from ..pipeline import allocate, convert, load_recipe, plan_file
+from ..pipeline import allocate, check_imatrix, convert, load_recipe, plan_file
 from ..recipe import check_recipe, refuse_expert_types, save_recipe, to_json
 from ..writer import check_output, replacing, write_atomically
-from .options import ALL_STRATEGIES, AlphaOptions, BudgetOptions, MachineOptions, OutputOptions, SourceOptions, grouped
+from .allocation_options import ALL_STRATEGIES, AlphaOptions, BudgetOptions
+from .options import MachineOptions, OutputOptions, SourceOptions, grouped
 from .show import show_recipe
 
 NAME = "convert"
@@ -64,17 +67,23 @@ def command(
     modelfile_path = out.with_name(out.stem + ".Modelfile")
     for path in (out, save_recipe_to, modelfile_path if modelfile else None):
         if path is not None and not dry_run:
-            check_output(path, force=shown.force, inputs=[*source.files, *([recipe] if recipe else [])])
+            inputs = [path for path in (recipe, budget.alphas, budget.calibration, budget.imatrix) if path]
+            check_output(path, force=shown.force, inputs=[*source.files, *inputs])
     if given is not None:
         check_recipe(given, source, str(recipe))
-        given.result["file_bytes"] = plan_file(source, given).size
+        imatrix = read_imatrix(source, budget.imatrix, console)
+        check_imatrix(given, imatrix, str(recipe))
+        given.result["file_bytes"] = plan_file(source, given, imatrix).size
         chosen = given
     else:
         chosen = allocate(source, settings, alphas_file=budget.alphas, reporter=console, **machine.measuring())
+        imatrix = None if budget.imatrix is None else open_importance(budget.imatrix, source)
     show_recipe(console, chosen)
     answer: dict[str, Any] = {"output": None, "recipe": to_json(chosen)}
     if not dry_run:
-        done = convert(source, chosen, out, force=shown.force, threads=machine.n_threads, reporter=console)
+        done = convert(
+            source, chosen, out, imatrix=imatrix, force=shown.force, threads=machine.n_threads, reporter=console
+        )
         if done.resumed_bytes:
             console.note(f"Continued an interrupted run at {format_count(done.resumed_bytes, 'bytes')}")
         if save_recipe_to is not None:

@@ -13,10 +13,10 @@ import typer
 from .. import __version__
 from ..console import Console
 from ..errors import AlphaQError, ConnectionLostError
-from . import allocate, alphas, convert, inspect, paper, plan, run, strategies
+from . import allocate, alphas, calibrate, convert, inspect, paper, plan, run, strategies
 
 INTERRUPTED = 130
-COMMANDS = (convert, plan, alphas, allocate, strategies, paper, inspect, run)
+COMMANDS = (convert, plan, alphas, allocate, calibrate, strategies, paper, inspect, run)
 
 app = typer.Typer(
     name="alphaq-gguf",
