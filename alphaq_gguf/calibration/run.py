@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +72,9 @@ def calibrate(
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise AlphaQError(f"two texts are called {twice.pop()!r}", "each is a dataset of its own: rename one")
-    engine = _PyTorch(source, device) if isinstance(source, HuggingFaceSource) else _LlamaCpp(source, threads)
+    engine: _PyTorch | _LlamaCpp = _LlamaCpp(source, threads, gpu_layers)
+    if isinstance(source, HuggingFaceSource):
+        engine = _PyTorch(source, device, settings.batch)
     cut = [
         _own(source, runnable(source, cache_dir, threads, reporter), settings, cache_dir, threads, reporter)
         if text == OWN
@@ -84,27 +86,7 @@ def calibrate(
     key = _key(source, asked, windows.tobytes().hex(), dataset_of.tolist(), engine.name, library_version())
     work_dir = cache_dir / f"calibration-{key}"
     work_dir.mkdir(parents=True, exist_ok=True)
-    wanted = {} if settings.sample == 0 else {s.name: candidates(s.n_cols, settings.types) for s in source.stacks}
-    if wanted and (reason := unmodelled(source)):
-        reporter.warn(f"no block errors, which pmq needs: experts of {source.architecture} are not modelled: {reason}")
-        wanted = {}
-    sample = _draw(windows.size, settings.sample if wanted else 0, settings.seed)
-    errors: dict[tuple[int, int, str, QType], float] = {}
-    sums: dict[int, LayerSums] = {}
-    kept = {bid: found for bid in _layers(source) if (found := _load(work_dir, bid)) is not None}
-    for bid, (layer, found) in kept.items():
-        sums[bid] = layer
-        errors |= found
-    collected = engine.collect(
-        windows, dataset_of, len(texts), sample, work_dir, kept, settings.batch, gpu_layers, reporter
-    )
-    for bid, layer, tokens in collected:
-        found = {}
-        if wanted and tokens is not None:
-            found = _block_errors(source, bid, tokens, wanted, device, threads, reporter)
-        _save(work_dir, bid, layer, found)
-        sums[bid] = layer
-        errors |= found
+    sums, errors = _measure(engine, source, windows, dataset_of, settings, work_dir, device, threads, reporter)
     calibration = Calibration(
         out.name,
         tuple(names),
@@ -169,33 +151,48 @@ def note_unrouted(calibration: Calibration, reporter: Reporter) -> None:
         reporter.warn(f"{unused} of {total} experts were reached by no token: nothing is known of their inputs")
 
 
+Collected = Iterator[tuple[int, LayerSums, TokenSample | None]]
+"""(layer, its sums, the sampled tokens), layer by layer."""
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What is run: `windows` int [n, n_ctx] of `n_datasets` texts, `sample` the positions to look at closely."""
+
+    windows: np.ndarray
+    dataset_of: np.ndarray
+    n_datasets: int
+    sample: np.ndarray
+
+
 class _PyTorch:
-    """Runs a Hugging Face source layer by layer."""
+    """Runs a Hugging Face source layer by layer, `batch` windows at once."""
 
     name = "pytorch"
 
-    def __init__(self, source: HuggingFaceSource, device: str) -> None:
+    def __init__(self, source: HuggingFaceSource, device: str, batch: int) -> None:
         from ..evaluate.layerwise import LayerwiseModel
 
         self.source = source
+        self.batch = batch
         self.model = LayerwiseModel(source, device)
 
     def windows(self, text: str, n_ctx: int) -> list[list[int]]:
         return self.model.windows(text, n_ctx)
 
-    def collect(self, windows, dataset_of, n_datasets, sample, work_dir, skip, batch, gpu_layers, reporter):
+    def collect(self, tokens: _Tokens, work_dir: Path, skip: Container[int], reporter: Reporter) -> Collected:
         from .torch_engine import collect
 
         return collect(
             self.source,
             self.model,
-            windows,
-            dataset_of,
-            n_datasets,
-            sample,
+            tokens.windows,
+            tokens.dataset_of,
+            tokens.n_datasets,
+            tokens.sample,
             work_dir,
             skip=skip,
-            batch=batch,
+            batch=self.batch,
             reporter=reporter,
         )
 
@@ -205,9 +202,10 @@ class _LlamaCpp:
 
     name = "llama.cpp"
 
-    def __init__(self, source: Source, threads: int) -> None:
+    def __init__(self, source: Source, threads: int, gpu_layers: int) -> None:
         self.source = source
         self.threads = threads
+        self.gpu_layers = gpu_layers
 
     def windows(self, text: str, n_ctx: int) -> list[list[int]]:
         from ..evaluate.llama import LlamaVocabulary
@@ -215,26 +213,60 @@ class _LlamaCpp:
         with LlamaVocabulary(self.source.files[0]) as vocabulary:
             return vocabulary.windows(text, n_ctx)
 
-    def collect(self, windows, dataset_of, n_datasets, sample, work_dir, skip, batch, gpu_layers, reporter):
+    def collect(self, tokens: _Tokens, work_dir: Path, skip: Container[int], reporter: Reporter) -> Collected:
         from .llama_engine import collect
 
-        if len(skip) == len(_layers(self.source)):
+        if all(bid in skip for bid in _layers(self.source)):
             return
         found = collect(
             self.source.files[0],
             self.source,
-            windows,
-            dataset_of,
-            n_datasets,
-            sample,
+            tokens.windows,
+            tokens.dataset_of,
+            tokens.n_datasets,
+            tokens.sample,
             work_dir,
             threads=self.threads,
-            gpu_layers=gpu_layers,
+            gpu_layers=self.gpu_layers,
             reporter=reporter,
         )
-        for bid, (layer, tokens) in found.items():
+        for bid, (layer, sample) in found.items():
             if bid not in skip:
-                yield bid, layer, tokens
+                yield bid, layer, sample
+
+
+def _measure(
+    engine: _PyTorch | _LlamaCpp,
+    source: Source,
+    windows: np.ndarray,
+    dataset_of: np.ndarray,
+    settings: CalibrationSettings,
+    work_dir: Path,
+    device: str,
+    threads: int,
+    reporter: Reporter,
+) -> tuple[dict[int, LayerSums], dict[tuple[int, int, str, QType], float]]:
+    """Sums by layer and block errors; each finished layer is kept in `work_dir`."""
+    wanted = {} if settings.sample == 0 else {s.name: candidates(s.n_cols, settings.types) for s in source.stacks}
+    if wanted and (reason := unmodelled(source)):
+        reporter.warn(f"no block errors, which pmq needs: experts of {source.architecture} are not modelled: {reason}")
+        wanted = {}
+    sample = _draw(windows.size, settings.sample if wanted else 0, settings.seed)
+    errors: dict[tuple[int, int, str, QType], float] = {}
+    sums: dict[int, LayerSums] = {}
+    kept = {bid: found for bid in _layers(source) if (found := _load(work_dir, bid)) is not None}
+    for bid, (layer, found) in kept.items():
+        sums[bid] = layer
+        errors |= found
+    run = _Tokens(windows, dataset_of, int(dataset_of.max()) + 1, sample)
+    for bid, layer, tokens in engine.collect(run, work_dir, kept, reporter):
+        found = {}
+        if wanted and tokens is not None:
+            found = _block_errors(source, bid, tokens, wanted, device, threads, reporter)
+        _save(work_dir, bid, layer, found)
+        sums[bid] = layer
+        errors |= found
+    return sums, errors
 
 
 def _windows(engine: _PyTorch | _LlamaCpp, path: Path, settings: CalibrationSettings) -> np.ndarray:

@@ -90,8 +90,8 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     order = [row[0] for row in rows]
     console.table(
         "Rank correlation of the bits they give",
-        ["", *order],
-        [[a, *(_number(comparison.correlations[a, b]) for b in order)] for a in order],
+        ["", *(str(i) for i in range(1, len(order) + 1))],
+        [[f"{i} {a}", *(_number(comparison.correlations[a, b]) for b in order)] for i, a in enumerate(order, start=1)],
     )
 
 
