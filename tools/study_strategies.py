@@ -164,10 +164,11 @@ def plot(result: dict[str, Any]) -> Figure:
         for j, strategy in enumerate(strategies):
             line = [row for row in rows if row["granularity"] == granularity and row["strategy"] == strategy]
             line.sort(key=lambda row: row["bpw"])
-            marker, colour = "osv^D"[j % 5], f"C{j % 10}"
+            # Ten colours, then again with other lines; 7 markers share no divisor with them.
+            style = {"color": f"C{j % 10}", "marker": "osv^DPX"[j % 7], "linestyle": ("-", "--", ":")[j // 10 % 3]}
             if line:
                 values = [row["bpw"] for row in line], [row["kld"] for row in line]
-                panel.plot(*values, marker=marker, color=colour, markersize=4, linewidth=1, label=strategy)
+                panel.plot(*values, **style, markersize=4, linewidth=1, label=strategy)
         panel.set_yscale("log")
         panel.set_title(f"one type per {granularity}", fontsize="medium")
         panel.set_xlabel("bits per expert weight")
