@@ -188,7 +188,7 @@ def overhead_bytes(
     choice = smallest_choice(problem)
     rows = np.arange(len(choice))
     numbers = np.full(len(choice), _SOME_NUMBER)
-    placeholder = Allocation(choice, numbers, *[_SOME_NUMBER] * 3, method="highs", sensitivity=numbers)
+    placeholder = Allocation(choice, numbers, *[_SOME_NUMBER] * 3, method="exact", sensitivity=numbers)
     provisional = _recipe(replace(base, granularity="stack"), problem, placeholder, settings, None, imatrix)
     alphas = dict.fromkeys(("alpha_median", "alpha_min", "alpha_max"), _SOME_NUMBER)
     longest = tuple(replace(unit, **alphas) for unit in provisional.units)

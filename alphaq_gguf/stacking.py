@@ -17,8 +17,6 @@ from .qtypes import QType
 from .strategies import STRATEGIES, Problem, Unit
 from .strategies.base import cost_table
 
-_MAX_EXACT_UNITS = 100
-
 
 @dataclass(frozen=True)
 class Losses:
@@ -82,13 +80,11 @@ def _compare(
         part = problem.part(rows, n_bytes)
         if size_range(part)[0] > n_bytes:
             return None
-        # Thousands of experts need no branch and bound; a few stacks do, and for them it is quick.
-        quick = len(rows) > _MAX_EXACT_UNITS
-        best.append(solve_budget(cost[rows], part.size, n_bytes, hull_only=quick).cost)
+        best.append(solve_budget(cost[rows], part.size, n_bytes).cost)
         if all(unit.xid is None for unit in part.units):
             with suppress(BudgetError):
                 choice = STRATEGIES["uniform"].allocate(part).choice
                 uniform = float(cost[rows, choice].sum())
     per_expert, per_stack = best
-    # What stacks can do experts can do as well, whatever rounding the quick solution suffered.
+    # What stacks can do experts can do as well, should the search of many experts have been given up.
     return Losses(min(per_expert, per_stack), per_stack, uniform)

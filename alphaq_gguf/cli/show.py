@@ -11,7 +11,7 @@ from ..console import Console, format_count
 from ..qtypes import QType, bpw
 from ..recipe import Recipe
 
-# Gap below which an allocation is called optimal: HiGHS' own tolerance.
+# Gap below which an allocation is called optimal.
 _PROVEN = 1e-8
 
 

@@ -15,8 +15,6 @@ from ..qtypes import QType
 from .base import MASS_FLOOR, Allocation, Problem, calibration_of, check_numbers, matrix_type
 from .levels import available_bits, choose_levels, level_columns
 
-_GAP = 1e-4
-
 
 class PMQ:
     name = "pmq"
@@ -185,86 +183,10 @@ def has_upper_levels(mix: np.ndarray, n_levels: int) -> bool:
 def solve_mix(cost: np.ndarray, size: np.ndarray, budget: int) -> tuple[np.ndarray, float]:
     """(level of each unit, lower bound): least summed `cost` [units, levels] with both upper levels in use.
 
-    Proven to a relative gap of 1e-4. Where the budget does not pay for both levels, without that condition.
+    Where the budget does not pay for both levels, without that condition.
     """
-    quick = solve_budget(cost, size, budget, hull_only=True)
-    n_levels = cost.shape[1]
-    if has_upper_levels(quick.choice, n_levels):
-        if quick.gap <= _GAP:
-            return quick.choice, quick.lower_bound
-        known = quick.cost
-    else:
-        known = _some_mix(cost, size, budget)
-    mix = _search(cost, size, budget, known, range(n_levels)[-2:])
-    if mix is None:
-        mix = _search(cost, size, budget, quick.cost, ())
-        assert mix is not None
-    return mix, float(np.take_along_axis(cost, mix[:, None], axis=1).sum()) * (1 - 1e-12)
-
-
-def _some_mix(cost: np.ndarray, size: np.ndarray, budget: int) -> float:
-    """The cost of some mix with both upper levels in use; infinite when none is at hand."""
-    table = cost.copy()
-    for level in range(cost.shape[1])[-2:]:
-        free = np.isfinite(table).all(axis=1)
-        if not free.any():
-            return np.inf
-        unit = np.where(free, cost[:, level] - cost[:, 0], np.inf).argmin()
-        table[unit, np.arange(cost.shape[1]) != level] = np.inf
     try:
-        return solve_budget(table, size, budget, hull_only=True).cost
+        found = solve_budget(cost, size, budget, needed=range(cost.shape[1])[-2:])
     except BudgetError:
-        return np.inf
-
-
-def _search(cost: np.ndarray, size: np.ndarray, budget: int, known: float, needed: Sequence[int]) -> np.ndarray | None:
-    """Levels of the least cost with those `needed` in use, None if there are none; `known` is what some such cost.
-
-    Dynamic programming over the bytes, restricted to levels that a multiplier of the bytes does not rule out.
-    """
-    rows = np.arange(len(cost))
-    low, high = 0.0, float(np.ptp(cost)) + 1.0
-    for _ in range(200):
-        middle = (low + high) / 2
-        used = size[rows, (cost + middle * size).argmin(axis=1)].sum()
-        low, high = (middle, high) if used > budget else (low, middle)
-    reduced = cost + high * size
-    least = reduced.min(axis=1, keepdims=True)
-    reduced -= least
-    # What a mix may lose against the bound without being worse than the known one; more for rounding.
-    leeway = (known - float(least.sum() - high * budget)) * (1 + 1e-9) + 1e-12 * float(least.sum())
-    extra = size - size.min(axis=1, keepdims=True)
-    slack = budget - int(size.min(axis=1).sum())
-    flag = np.zeros(cost.shape[1], dtype=np.int64)
-    flag[list(needed)] = 1 << np.arange(len(needed))
-    lost, used, flags = np.zeros(1), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    steps = []
-    # Units without an alternative first, while there is a single state.
-    for u in np.argsort((reduced <= leeway).sum(axis=1), kind="stable"):
-        levels = np.flatnonzero(reduced[u] <= leeway)
-        lost, used, flags = (
-            (lost[:, None] + reduced[u, levels]).ravel(),
-            (used[:, None] + extra[u, levels]).ravel(),
-            (flags[:, None] | flag[levels]).ravel(),
-        )
-        # Of states with the same levels in use, those that cost less than all that take fewer bytes.
-        spent = lost - high * used
-        order = np.lexsort((spent, used, flags))
-        order = order[(lost[order] <= leeway) & (used[order] <= slack)]
-        keep = np.zeros(len(order), dtype=bool)
-        for value in range(1 << len(needed)):
-            own = np.flatnonzero(flags[order] == value)
-            before = np.minimum.accumulate(np.append(np.inf, spent[order[own]]))[:-1]
-            keep[own] = spent[order[own]] < before
-        order = order[keep]
-        parent, level = np.divmod(order, len(levels))
-        steps.append((u, parent, levels[level]))
-        lost, used, flags = lost[order], used[order], flags[order]
-    complete = np.flatnonzero(flags == flag.sum())
-    if not len(complete):
-        return None
-    state = complete[np.argmin((lost - high * used)[complete])]
-    mix = np.zeros(len(cost), dtype=np.int64)
-    for u, parent, level in reversed(steps):
-        mix[u], state = level[state], parent[state]
-    return mix
+        found = solve_budget(cost, size, budget)
+    return found.choice, found.lower_bound

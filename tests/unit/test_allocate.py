@@ -1,18 +1,21 @@
-"""The budget solver against exhaustive search, meet in the middle, and an LP relaxation solved by scipy."""
+"""The budget solver against exhaustive search, meet in the middle, tables over bytes, and scipy's HiGHS."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import LinearConstraint, linprog, milp
+from scipy.sparse import eye_array, kron
 
 from alphaq_gguf.allocate import solve_budget
 from alphaq_gguf.errors import BudgetError
+from alphaq_gguf.knapsack import fill, relax, search
 from alphaq_gguf.qtypes import K_TYPES, NOMINAL_BITS, row_bytes
 
 
@@ -60,6 +63,38 @@ def relaxation(cost: np.ndarray, size: np.ndarray, budget: int) -> float:
     return result.fun * scale
 
 
+def integer_program(cost: np.ndarray, size: np.ndarray, budget: int) -> np.ndarray:
+    """An optimal choice by HiGHS, whose tolerance is absolute, so costs are scaled up."""
+    one_each = kron(eye_array(len(cost)), np.ones((1, cost.shape[1])), format="csr")
+    step = np.gcd.reduce(size, axis=None)
+    result = milp(
+        cost.ravel() * (1e7 / cost.min(axis=1).sum()),
+        integrality=np.ones(cost.size),
+        bounds=(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(size.reshape(1, -1) // step, ub=budget // step),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    assert result.status == 0
+    return result.x.reshape(cost.shape).argmax(axis=1)
+
+
+def table_of_bytes(cost: np.ndarray, size: np.ndarray, budget: int, needed: Sequence[int] = ()) -> float:
+    """The optimum with all `needed` options in use, from the least cost by bytes and by which of them are in use."""
+    best = {(0, frozenset()): 0.0}
+    for unit_cost, unit_size in zip(cost.tolist(), size.tolist(), strict=True):
+        grown: dict[tuple[int, frozenset[int]], float] = {}
+        for (used, seen), value in best.items():
+            for option, (more_cost, more_size) in enumerate(zip(unit_cost, unit_size, strict=True)):
+                key = used + more_size, seen | {option} & set(needed)
+                if key[0] <= budget and value + more_cost < grown.get(key, math.inf):
+                    grown[key] = value + more_cost
+        best = grown
+    return min((value for (_, seen), value in best.items() if len(seen) == len(needed)), default=math.inf)
+
+
 def gguf_instance(gamma: float, n_units: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Stacks of three widths under the six K-quant choices, with AlphaQ's analytic cost."""
     rng = np.random.default_rng(seed)
@@ -96,12 +131,172 @@ def test_twelve_units_are_solved_to_the_exact_optimum(gamma, share):
 
 @pytest.mark.parametrize("gamma", [0, 1, 12])
 @pytest.mark.parametrize("share", [0.03, 0.2, 0.45, 0.8])
-def test_the_lower_bound_is_at_least_the_linear_relaxation(gamma, share):
+def test_the_lower_bound_is_the_linear_relaxation_or_better(gamma, share):
     cost, size = gguf_instance(gamma, seed=3)
     budget = budget_at(size, share)
     bound = relaxation(cost, size, budget)
     assert bound <= meet_in_the_middle(cost, size, budget) * (1 + 1e-9)
+    assert relax(cost, size, budget).bound == pytest.approx(bound, rel=1e-9)
     assert solve_budget(cost, size, budget).lower_bound >= bound * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("n_units", [24, 72, 144, 288])
+@pytest.mark.parametrize(("gamma", "share"), [(0, 0.3), (1, 0.05), (4, 0.6), (12, 0.25)])
+def test_stacks_of_real_sizes_get_the_types_that_an_integer_program_gives(n_units, gamma, share):
+    cost, size = gguf_instance(gamma, n_units, seed=n_units)
+    budget = budget_at(size, share)
+    optimum, solution = integer_program(cost, size, budget), solve_budget(cost, size, budget)
+    assert (solution.method, solution.gap) == ("exact", 0)
+    assert solution.cost == pytest.approx(cost[np.arange(n_units), optimum].sum(), rel=1e-9)
+    # Random costs have one optimum.
+    assert np.bincount(solution.choice).tolist() == np.bincount(optimum).tolist()
+
+
+def awkward_instance(kind: str, n_units: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes at random up to a million, and costs that have nothing to do with them, follow them, or equal them."""
+    rng = np.random.default_rng(seed)
+    size = np.sort(rng.integers(1, 10**6, (n_units, 4)), axis=1)
+    cost = {
+        "independent": rng.uniform(0.1, 1, size.shape),
+        "falling": -np.sort(-rng.lognormal(0, 2, size.shape), axis=1),
+        "correlated": 1.1e6 - size + rng.uniform(0, 1e5, size.shape),
+        "constant gain": 2e6 - size - 1e5 * np.arange(4),
+        "difference": 1e6 - size,
+    }[kind]
+    return cost, size
+
+
+@pytest.mark.parametrize("kind", ["independent", "falling", "correlated", "constant gain", "difference"])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.95])
+def test_awkward_sizes_and_costs_are_solved_to_the_optimum(kind, share):
+    for seed in range(3):
+        cost, size = awkward_instance(kind, 11, seed)
+        budget = budget_at(size, share)
+        solution = solve_budget(cost, size, budget)
+        assert solution.cost == pytest.approx(meet_in_the_middle(cost, size, budget), rel=1e-12)
+        assert (solution.method, solution.gap) == ("exact", 0)
+
+
+@pytest.mark.parametrize("kind", ["independent", "falling", "correlated"])
+def test_many_awkward_units_are_solved_like_an_integer_program(kind):
+    cost, size = awkward_instance(kind, 90, 1)
+    budget = budget_at(size, 0.4)
+    expected = cost[np.arange(90), integer_program(cost, size, budget)].sum()
+    assert solve_budget(cost, size, budget).cost == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_equal_units_are_solved_to_the_optimum(seed, exact):
+    # Round numbers, so that there are many optima; every third time a hundred equal units more.
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 4, 30 if seed % 3 else 130)
+    cost, size = rng.integers(1, 40, (4, 3)).astype(float)[kinds], rng.integers(1, 14, (4, 3))[kinds]
+    cost[rng.random(cost.shape) < 0.02] = np.inf
+    cost[:, 1] = np.where(np.isfinite(cost).any(axis=1), cost[:, 1], 1.0)
+    budget = budget_at(size, rng.uniform(0.3, 0.9))
+    solution = solve_budget(cost, size, budget, exact=exact)
+    assert solution.cost == pytest.approx(table_of_bytes(cost, size, budget), rel=1e-12)
+    assert (solution.method, solution.gap) == ("exact", 0)
+
+
+@pytest.mark.parametrize("budget", range(500, 520))
+def test_as_many_equal_units_change_as_fill_the_budget(budget):
+    # Steps of 7 bytes are a little better than those of 11, and up to ten of them must go for those that fit.
+    cost, size = np.array([[7.0, 0.0]] * 40 + [[10.9, 0.0]] * 40), np.array([[1, 8]] * 40 + [[1, 12]] * 40)
+    counts = itertools.product(range(41), repeat=2)
+    expected = min(716 - 7 * a - 10.9 * b for a, b in counts if 80 + 7 * a + 11 * b <= budget)
+    solution = solve_budget(cost, size, budget)
+    assert (solution.cost, solution.gap) == (pytest.approx(expected, rel=1e-12), 0)
+
+
+def test_seventy_thousand_equal_units_are_proven():
+    # 50,000 bytes beyond the least, for steps of 3 and of 5 bytes.
+    size, cost = np.array([[1, 4, 6]] * 70_000), np.array([[10.0, 4.0, 0.5]] * 70_000)
+    solution = solve_budget(cost, size, 120_000, exact=True)
+    assert solution.cost == 700_000 - max(6 * n + 9.5 * ((50_000 - 3 * n) // 5) for n in range(16_667))
+    assert solution.gap == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_needed_options_are_in_use_at_the_least_cost(seed):
+    rng = np.random.default_rng(seed)
+    n_units, n_options = rng.integers(1, 30), rng.integers(2, 5)
+    kinds = rng.integers(0, 3 if seed % 2 else 30, n_units)
+    cost = -np.sort(-rng.lognormal(0, 2, (30, n_options)), axis=1)[kinds]
+    size = np.sort(rng.integers(1, 12, (30, n_options)), axis=1)[kinds]
+    cost[:, 1:][rng.random((n_units, n_options - 1)) < 0.1] = np.inf
+    needed = rng.choice(n_options, rng.integers(1, 3), replace=False).tolist()
+    for share in (0, 0.1, 0.4, 0.9, 1.5):
+        budget = budget_at(size, share)
+        optimum = table_of_bytes(cost, size, budget, needed)
+        if math.isinf(optimum):
+            with pytest.raises(BudgetError, match="do not pay for"):
+                solve_budget(cost, size, budget, needed=needed)
+            continue
+        solution = solve_budget(cost, size, budget, needed=needed)
+        assert set(needed) <= set(solution.choice.tolist())
+        assert solution.size == size[np.arange(n_units), solution.choice].sum() <= budget
+        assert solution.cost == pytest.approx(optimum, rel=1e-12)
+        assert solution.gap == 0
+
+
+def test_a_needed_option_is_found_where_it_barely_fits():
+    # The first unit loses nothing by it, but does not fit.
+    cost, size = np.array([[100.0, 0.0], [0.0, 0.0]]), np.array([[1, 10], [1, 3]])
+    assert solve_budget(cost, size, 4, needed=[1]).choice.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["falling", "constant gain"])
+def test_a_search_that_is_given_up_certifies_what_it_found(kind):
+    cost, size = awkward_instance(kind, 12, 7)
+    budget = budget_at(size, 0.4)
+    optimum = meet_in_the_middle(cost, size, budget)
+    relaxed = relax(cost, size, budget)
+    known = fill(cost, size, budget, relaxed.choice)
+    rows = np.arange(12)
+    found = []
+    for limit in (0, 2000, 4000, 8000, 16_000, 10**6):
+        choice, bound = search(cost, size, budget, relaxed, known, limit=limit)
+        assert size[rows, choice].sum() <= budget
+        total = float(cost[rows, choice].sum())
+        assert relaxed.bound <= bound <= optimum * (1 + 1e-12)
+        assert optimum * (1 - 1e-12) <= total <= cost[rows, known].sum()
+        found.append((total, bound))
+    assert found[0] == (cost[rows, known].sum(), relaxed.bound)
+    assert found == sorted(found, key=lambda pair: -pair[0])
+    # Half-way both are better than the relaxation knew, and at the end they meet.
+    assert any(total < found[0][0] and found[0][1] < bound < total for total, bound in found)
+    assert found[-1] == (pytest.approx(optimum, rel=1e-12), found[-1][0])
+
+
+def test_what_takes_too_long_to_prove_keeps_its_certified_gap():
+    # Gains that do not depend on the unit make millions of states that are equally good.
+    rng = np.random.default_rng(1)
+    size = np.sort(rng.integers(1, 10**6, (288, 6)), axis=1)
+    cost, budget = 2e6 - size - 1e5 * np.arange(6), int(0.5 * size.max(axis=1).sum())
+    solution, quick = solve_budget(cost, size, budget), relax(cost, size, budget)
+    quick_cost = cost[np.arange(288), fill(cost, size, budget, quick.choice)].sum()
+    assert solution.method == "bounded"
+    lagrangian = max((cost + m * size).min(axis=1).sum() - m * budget for m in np.linspace(0.5, 2, 1001))
+    assert lagrangian * (1 - 1e-9) <= quick.bound <= solution.lower_bound < solution.cost <= quick_cost
+    assert solution.gap < 1e-3
+
+
+def test_subset_sums_are_found_without_a_word(capfd):
+    # Branch and bound is lost here, and HiGHS prints.
+    cost, size = awkward_instance("difference", 60, 0)
+    budget = budget_at(size, 0.5)
+    solution = solve_budget(cost, size, budget)
+    assert (solution.size, solution.cost) == (budget, 60e6 - budget)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bytes_that_no_allocation_can_spend_leave_no_gap():
+    cost, size = np.array([[9.0, 3.0, 0.0]] * 3), np.array([[7, 21, 35]] * 3)
+    for budget in range(49, 63):
+        solution = solve_budget(cost, size, budget)
+        assert (solution.cost, solution.gap) == (15, 0)
 
 
 def test_a_large_instance_keeps_its_budget_and_a_small_certified_gap():

@@ -141,9 +141,8 @@ def test_large_tables_are_within_the_reported_gap_and_exact_closes_it(n, levels)
     optimum, chosen = integer_optimum(matrices, levels, bits, gamma)
     assert optimum <= quick.solution.cost * (1 + 1e-9)
     assert quick.solution.cost <= optimum * (1 + quick.solution.gap) * (1 + 1e-9)
-    # Without `exact` two of the three stop at the hull's gap.
-    assert (quick.solution.gap > 1e-8) == (n != 5000)
-    assert proven.solution.gap < 1e-8
+    assert quick.solution.gap == 0
+    assert (proven.solution.method, proven.solution.gap) == ("exact", 0)
     assert proven.solution.cost == pytest.approx(optimum, rel=1e-9)
     assert histogram(proven.bits) == {b: chosen.count(b) for b in sorted(set(chosen))}
 
