@@ -21,6 +21,7 @@ from .budget import (
 )
 from .calibration.imatrix import ImportanceMatrix, open_importance
 from .checkpoint import Source
+from .encode import ENCODERS, Encoder, find_encoder
 from .layout import alignment_of, plan_file
 from .measurements import Measurements, key_of
 from .memory import ContextSettings, MemoryNeed, memory_need
@@ -49,15 +50,17 @@ def allocate(
     *,
     cache_dir: Path,
     alphas_file: Path | None = None,
+    encoder: Encoder | None = None,
     device: str = "cpu",
     threads: int = 1,
     reporter: Reporter | None = None,
 ) -> Recipe:
-    """Choose a type for every expert stack of `source` within the budget.
+    """Choose a type for every expert stack of `source` within the budget, by the errors of `encoder` (libggml's).
 
     BudgetError, before anything is measured, when no allocation fits; it names the feasible range.
     """
     reporter = reporter or Silent()
+    encoder = encoder or find_encoder()
     strategy = STRATEGIES[settings.strategy]
     # Errors are measured for every strategy: what stacking costs is told of all of them.
     needs = needs_of(strategy, settings) | {"distortions"}
@@ -73,6 +76,7 @@ def allocate(
         cache_dir=cache_dir,
         alphas_file=alphas_file,
         imatrix=frame.imatrix,
+        encoder=encoder,
         device=device,
         threads=threads,
         reporter=reporter,
@@ -83,7 +87,7 @@ def allocate(
     budget = frame.problem.budget
     while True:
         allocation = allocate_scope(strategy, replace(problem, budget=budget), settings.scope)
-        recipe = _recipe(frame.base, problem, allocation, settings, measured, frame.imatrix)
+        recipe = _recipe(frame.base, problem, allocation, settings, measured, frame.imatrix, encoder.name)
         recipe.result["stacking"] = _stacking(source, frame.fixed, settings, problem, allocation, recipe)
         if settings.granularity != "stack":
             return recipe
@@ -189,7 +193,8 @@ def overhead_bytes(
     rows = np.arange(len(choice))
     numbers = np.full(len(choice), _SOME_NUMBER)
     placeholder = Allocation(choice, numbers, *[_SOME_NUMBER] * 3, method="exact", sensitivity=numbers)
-    provisional = _recipe(replace(base, granularity="stack"), problem, placeholder, settings, None, imatrix)
+    base, encoder = replace(base, granularity="stack"), max(ENCODERS, key=len)
+    provisional = _recipe(base, problem, placeholder, settings, None, imatrix, encoder)
     alphas = dict.fromkeys(("alpha_median", "alpha_min", "alpha_max"), _SOME_NUMBER)
     longest = tuple(replace(unit, **alphas) for unit in provisional.units)
     # As long as any size, so that the answer does not depend on the size that is asked for.
@@ -210,6 +215,7 @@ def _recipe(
     settings: AllocationSettings,
     measured: Measurements | None,
     imatrix: ImportanceMatrix | None,
+    encoder: str,
 ) -> Recipe:
     units = []
     for u, unit in enumerate(problem.units):
@@ -249,6 +255,7 @@ def _recipe(
         "initial_router": None if settings.initial_router is None else settings.initial_router.name,
         "calibration": None if settings.calibration is None else settings.calibration.name,
         "imatrix": None if imatrix is None else {"file": Path(imatrix.label).name, "digest": imatrix.digest},
+        "encoder": encoder,
         "exponents": settings.exponents if settings.strategy == "pmq" else None,
         "seed": settings.alphas.seed,
         "distortion": settings.distortion.kind,

@@ -14,6 +14,7 @@ from .allocation import frame_problem
 from .budget import AllocationSettings, matrices_bytes
 from .calibration.own_text import OWN
 from .checkpoint import Source
+from .encode import Encoder
 from .errors import AlphaQError, UsageError
 from .qtypes import bpw
 from .reporter import Reporter, Silent
@@ -53,6 +54,7 @@ def compare_strategies(
     *,
     cache_dir: Path,
     alphas_file: Path | None = None,
+    encoder: Encoder | None = None,
     device: str = "cpu",
     threads: int = 1,
     reporter: Reporter | None = None,
@@ -74,6 +76,7 @@ def compare_strategies(
         cache_dir=cache_dir,
         alphas_file=alphas_file,
         imatrix=frame.imatrix,
+        encoder=encoder,
         device=device,
         threads=threads,
         reporter=reporter,

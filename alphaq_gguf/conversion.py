@@ -10,7 +10,7 @@ import numpy as np
 
 from .calibration.imatrix import ImportanceMatrix
 from .checkpoint import Source
-from .encode import encode_rows, row_spans
+from .encode import Encoder, find_encoder, row_spans
 from .errors import AlphaQError
 from .gguf_file import TensorInfo
 from .layout import plan_file
@@ -40,18 +40,21 @@ def convert(
     out: Path,
     *,
     imatrix: ImportanceMatrix | None = None,
+    encoder: Encoder | None = None,
     force: bool = False,
     threads: int = 1,
     reporter: Reporter | None = None,
 ) -> Conversion:
     """Write the GGUF that `recipe` makes of `source` to `out`, in one pass and atomically.
 
-    `imatrix` weighs the rounding of every tensor that it knows, as llama-quantize does. OutputError when `out`
-    cannot be written, AlphaQError when the recipe is for another source or importance matrix, WeightError on NaN
-    or infinite weights. An interrupted run continues when called again.
+    `imatrix` weighs the rounding of every tensor that it knows, as llama-quantize does; `encoder` is libggml's unless
+    given. OutputError when `out` cannot be written, AlphaQError when the recipe is for another source, importance
+    matrix or encoder, WeightError on NaN or infinite weights. An interrupted run continues when called again.
     """
+    encoder = encoder or find_encoder()
     check_recipe(recipe, source, "recipe")
     check_imatrix(recipe, imatrix, "recipe")
+    check_encoder(recipe, encoder, "recipe")
     check_output(out, force=force, inputs=source.files)
     plan = plan_file(source, recipe, imatrix)
 
@@ -68,7 +71,7 @@ def convert(
         chunks = prefetch(lambda span=span: read(info.name, *span) for span in spans)
         for (start, stop), rows in zip(spans, chunks, strict=True):
             importance = None if weights is None else weights[start // height : -(-stop // height)]
-            yield rows if copy else encode_rows(rows, info.qtype, threads, importance)
+            yield rows if copy else encoder.encode(rows, info.qtype, threads, importance)
 
     resumed = write_gguf(out, plan.header, plan.tensors, plan.size, produce, reporter)
     return Conversion(out, plan.size, recipe, resumed)
@@ -92,3 +95,14 @@ def check_imatrix(recipe: Recipe, imatrix: ImportanceMatrix | None, where: str) 
         f"{imatrix.label} is {imatrix.digest[:12]}",
         "give that one, or allocate again with this --imatrix",
     )
+
+
+def check_encoder(recipe: Recipe, encoder: Encoder, where: str) -> None:
+    """AlphaQError unless `encoder` is the one whose errors the recipe was made with."""
+    # Recipes that do not say so are older than the second encoder.
+    named = recipe.settings.get("encoder", "libggml")
+    if named != encoder.name:
+        raise AlphaQError(
+            f"{where}: allocated for the encoder {named}, not {encoder.name}",
+            f"--encoder {named}, or allocate again with --encoder {encoder.name}",
+        )

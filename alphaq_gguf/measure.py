@@ -16,6 +16,7 @@ import torch
 
 from .calibration.imatrix import ImportanceMatrix
 from .checkpoint import ExpertStack, Source
+from .encode import Encoder
 from .errors import AlphaQError
 from .ledger import read_ledger
 from .measurements import Alpha, AlphaSettings, DistortionSettings, Key, Measurements, key_of, tile_seconds
@@ -46,6 +47,7 @@ def measure(
     row_variances: bool = False,
     given_alphas: Path | None = None,
     imatrix: ImportanceMatrix | None = None,
+    encoder: Encoder | None = None,
     device: str = "cpu",
     threads: int = 1,
     reporter: Reporter | None = None,
@@ -54,7 +56,8 @@ def measure(
 
     `qtypes` maps stack names to the types whose error is wanted; `given_alphas` is an alphas file to
     use instead of measuring (AlphaQError when it belongs to another source); `imatrix` weighs the rounding
-    whose errors are measured. WeightError names a matrix with NaN or infinite weights.
+    whose errors are measured, and `encoder`, libggml's unless given, does it. WeightError names a matrix with NaN or
+    infinite weights.
     """
     reporter = reporter or Silent()
     meters: list[AlphaMeter | DistortionMeter | VarianceMeter] = []
@@ -67,7 +70,7 @@ def measure(
         meters.append(alpha_meter)
     found_distortions, distortion_header = {}, {}
     if distortion is not None and distortion.kind == "measured":
-        distortion_meter = DistortionMeter(source, distortion, qtypes, cache_dir, threads, imatrix)
+        distortion_meter = DistortionMeter(source, distortion, qtypes, cache_dir, threads, imatrix, encoder)
         distortion_header, found_distortions = distortion_meter.ledger.header, distortion_meter.found
         meters.append(distortion_meter)
     found_variances = {}

@@ -16,7 +16,7 @@ import torch
 from . import spectral
 from .calibration.imatrix import ImportanceMatrix
 from .checkpoint import ExpertMatrix, Source
-from .encode import decode_rows, encode_rows, library_version
+from .encode import Encoder, decode_rows, find_encoder
 from .ledger import Ledger, Row
 from .measurements import Alpha, AlphaSettings, Distortion, DistortionSettings, Key, key_of
 from .qtypes import QType
@@ -83,18 +83,20 @@ class DistortionMeter:
         cache_dir: Path,
         threads: int,
         imatrix: ImportanceMatrix | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         self.seed = settings.seed
         self.sample = settings.sample_rows(source.stacks)
         self.qtypes = qtypes
         self.threads = threads
+        self.encoder = encoder or find_encoder()
         # The matrices of a stack come one after another, and all of its importance is read at once.
         self.weights = None if imatrix is None else lru_cache(maxsize=1)(imatrix.weights)
         header = {
             "measured": "distortion",
             "schema": SCHEMA,
             "source": source.fingerprint,
-            "encoder": library_version(),
+            "encoder": self.encoder.version,
             "rows": self.sample,
             "seed": settings.seed,
         }
@@ -113,7 +115,8 @@ class DistortionMeter:
         weights = None if self.weights is None else self.weights(matrix.stack)
         importance = None if weights is None else weights[matrix.xid]
         for qtype in self._missing(matrix):
-            result = measure_distortion(rows, qtype, self.sample, _seed(self.seed, matrix), self.threads, importance)
+            seed = _seed(self.seed, matrix)
+            result = measure_distortion(rows, qtype, self.sample, seed, self.threads, importance, self.encoder)
             row = {
                 "stack": matrix.stack,
                 "expert": matrix.xid,
@@ -185,19 +188,21 @@ def measure_distortion(
     seed: int,
     threads: int,
     importance: np.ndarray | None = None,
+    encoder: Encoder | None = None,
 ) -> Distortion:
     """Squared error of encoding `rows` float32 [n_rows, n_cols] as `qtype`, summed over all rows.
 
-    `importance` float32 [n_cols] weighs the rounding, not the error. With `sample` below n_rows that many
-    rows are drawn without replacement from `seed`, the sum is scaled up, and its standard error follows from
-    the spread between rows.
+    `importance` float32 [n_cols] weighs the rounding, not the error; `encoder` is libggml's unless given. With
+    `sample` below n_rows that many rows are drawn without replacement from `seed`, the sum is scaled up, and its
+    standard error follows from the spread between rows.
     """
     n_rows = len(rows)
     if sample is not None:
         sample = max(sample, 2)  # one row says nothing of the spread
     if sample is not None and sample < n_rows:
         rows = np.ascontiguousarray(rows[np.sort(np.random.default_rng(seed).choice(n_rows, sample, replace=False))])
-    decoded = decode_rows(encode_rows(rows, qtype, threads, importance), qtype, rows.shape[1], threads)
+    blocks = (encoder or find_encoder()).encode(rows, qtype, threads, importance)
+    decoded = decode_rows(blocks, qtype, rows.shape[1], threads)
     errors = np.square(rows - decoded, dtype=np.float64).sum(axis=1)
     m = len(errors)
     spread = errors.std(ddof=1) if 1 < m < n_rows else 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Source
+from .encode import ENCODERS
 from .errors import AlphaQError
 from .qtypes import QType, fits, parse_qtype, row_bytes
 
@@ -117,6 +118,8 @@ def from_json(data: Any, where: str) -> Recipe:
         imatrix = data["settings"].get("imatrix")
         if imatrix is not None and not all(isinstance(imatrix[key], str) for key in ("file", "digest")):
             raise TypeError(f"imatrix is {imatrix!r}")
+        if data["settings"].get("encoder", "libggml") not in ENCODERS:
+            raise ValueError(f"encoder is {data['settings']['encoder']!r}, known are {', '.join(ENCODERS)}")
         units = tuple(RecipeUnit(**{**entry, "qtype": parse_qtype(entry["qtype"])}) for entry in data["units"])
         if not all(isinstance(unit.tensor, str) for unit in units):
             raise TypeError("a unit without a tensor name")

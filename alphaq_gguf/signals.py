@@ -14,6 +14,7 @@ from .calibration.own_text import OWN
 from .calibration.store import load_calibration
 from .checkpoint import Source
 from .checkpoint.shards import LocalShard
+from .encode import Encoder
 from .errors import AlphaQError, SourceError, UsageError
 from .measure import measure
 from .measurements import Measurements
@@ -36,13 +37,14 @@ def measure_signals(
     cache_dir: Path,
     alphas_file: Path | None,
     imatrix: ImportanceMatrix | None,
+    encoder: Encoder | None,
     device: str,
     threads: int,
     reporter: Reporter,
 ) -> tuple[Problem, Measurements]:
     """`problem` with all that strategies with these needs must know of the model, except for the masses of experts.
 
-    Errors are those of rounding as `imatrix` weighs it.
+    Errors are those of rounding by `encoder`, libggml's unless given, as `imatrix` weighs it.
     """
     # First, because what is wrong with the file should not come to light after an hour of measuring.
     calibration = _calibration(source, settings, reporter) if needs & CALIBRATED else None
@@ -57,6 +59,7 @@ def measure_signals(
         cache_dir=cache_dir,
         given_alphas=alphas_file if needs_alphas else None,
         imatrix=imatrix,
+        encoder=encoder,
         device=device,
         threads=threads,
         reporter=reporter,

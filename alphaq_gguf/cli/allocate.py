@@ -13,7 +13,7 @@ from ..pipeline import allocate
 from ..recipe import save_recipe, tensor_type_lines, to_json
 from ..writer import check_output, replacing, write_atomically
 from .allocation_options import ALL_STRATEGIES, AlphaOptions, BudgetOptions
-from .options import MachineOptions, OutputOptions, SourceOptions, grouped
+from .options import EncodingOptions, OutputOptions, SourceOptions, grouped
 from .show import show_comparison, show_recipe
 
 NAME = "allocate"
@@ -24,7 +24,7 @@ def command(
     checkpoint: SourceOptions,
     budget: BudgetOptions,
     alphas: AlphaOptions,
-    machine: MachineOptions,
+    machine: EncodingOptions,
     shown: OutputOptions,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Recipe file (JSON) to write.")] = None,
     tensor_type_file: Annotated[

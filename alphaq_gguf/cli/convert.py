@@ -12,13 +12,14 @@ import typer
 from ..allocation import read_imatrix
 from ..calibration.imatrix import open_importance
 from ..console import format_count
+from ..conversion import check_encoder
 from ..errors import UsageError
 from ..modelfile import render_modelfile
 from ..pipeline import allocate, check_imatrix, convert, load_recipe, plan_file
 from ..recipe import check_recipe, refuse_expert_types, save_recipe, to_json
 from ..writer import check_output, replacing, write_atomically
 from .allocation_options import ALL_STRATEGIES, AlphaOptions, BudgetOptions
-from .options import MachineOptions, OutputOptions, SourceOptions, grouped
+from .options import EncodingOptions, OutputOptions, SourceOptions, grouped
 from .show import show_recipe
 
 NAME = "convert"
@@ -29,7 +30,7 @@ def command(
     checkpoint: SourceOptions,
     budget: BudgetOptions,
     alphas: AlphaOptions,
-    machine: MachineOptions,
+    machine: EncodingOptions,
     shown: OutputOptions,
     output: Annotated[
         Path | None,
@@ -56,6 +57,7 @@ def command(
         raise UsageError("--recipe already holds the allocation", "leave out the options of the budget")
     settings = budget.settings(alphas.settings())
     given = load_recipe(recipe) if recipe is not None else None
+    encoder = machine.open_encoder()
     if settings.strategy == ALL_STRATEGIES:
         raise UsageError(
             "--strategy all compares strategies", "run it with `alphaq-gguf allocate`, and convert with one"
@@ -73,6 +75,7 @@ def command(
         check_recipe(given, source, str(recipe))
         imatrix = read_imatrix(source, budget.imatrix, console)
         check_imatrix(given, imatrix, str(recipe))
+        check_encoder(given, encoder, str(recipe))
         given.result["file_bytes"] = plan_file(source, given, imatrix).size
         chosen = given
     else:
@@ -82,7 +85,14 @@ def command(
     answer: dict[str, Any] = {"output": None, "recipe": to_json(chosen)}
     if not dry_run:
         done = convert(
-            source, chosen, out, imatrix=imatrix, force=shown.force, threads=machine.n_threads, reporter=console
+            source,
+            chosen,
+            out,
+            imatrix=imatrix,
+            encoder=encoder,
+            force=shown.force,
+            threads=machine.n_threads,
+            reporter=console,
         )
         if done.resumed_bytes:
             console.note(f"Continued an interrupted run at {format_count(done.resumed_bytes, 'bytes')}")

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -15,10 +16,13 @@ import typer
 
 from ..checkpoint import Source, open_source
 from ..console import Console
+from ..encode import ENCODERS, Encoder, find_encoder
 from ..errors import UsageError
 from ..qtypes import QType, parse_qtype
 
 _OUTPUT, _MACHINE = "Output", "Machine"
+
+EncoderName: Any = StrEnum("EncoderName", [(name, name) for name in ENCODERS])
 CONTEXT_HELP = "tokens of context the model is to run with."
 
 
@@ -113,7 +117,10 @@ class MachineOptions:
 
     device: Annotated[
         str,
-        typer.Option(help="Where spectra and layers are computed: cpu, cuda, cuda:1, ...", rich_help_panel=_MACHINE),
+        typer.Option(
+            help="Where spectra and layers are computed, and what torch encodes: cpu, cuda, cuda:1, ...",
+            rich_help_panel=_MACHINE,
+        ),
     ] = "cpu"
     threads: Annotated[
         int | None,
@@ -134,6 +141,12 @@ class MachineOptions:
 
     def measuring(self) -> dict[str, Any]:
         """The arguments of the pipeline's measuring stages; UsageError when torch lacks the device or its float64."""
+        self.check_device()
+        cache_dir = self.cache_dir or Path(platformdirs.user_cache_dir("alphaq-gguf"))
+        return {"device": self.device, "threads": self.n_threads, "cache_dir": cache_dir}
+
+    def check_device(self) -> None:
+        """UsageError when torch lacks the device or its float64."""
         import torch
 
         try:
@@ -141,8 +154,28 @@ class MachineOptions:
         except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"--device {self.device}: not available: {reason}", "use --device cpu") from None
-        cache_dir = self.cache_dir or Path(platformdirs.user_cache_dir("alphaq-gguf"))
-        return {"device": self.device, "threads": self.n_threads, "cache_dir": cache_dir}
+
+
+@dataclass(frozen=True)
+class EncodingOptions(MachineOptions):
+    """As MachineOptions, and what encodes weights."""
+
+    encoder: Annotated[
+        EncoderName,  # pyright: ignore[reportInvalidTypeForm]
+        typer.Option(
+            help="What encodes weights: libggml writes llama.cpp's own bytes; torch computes on --device, with less "
+            "squared error.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = EncoderName.libggml
+
+    def measuring(self) -> dict[str, Any]:
+        return {**super().measuring(), "encoder": self.open_encoder()}
+
+    def open_encoder(self) -> Encoder:
+        """The encoder; UsageError when torch lacks the device."""
+        self.check_device()
+        return find_encoder(self.encoder.value, self.device)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def row_spans(n_rows: int, step: int, block: int | None = None) -> list[tuple[in
     return [(start, min(start + step, end)) for first, end in ends for start in range(first, end, step)]
 
 
-def _in_chunks(n_rows: int, n_cols: int, threads: int, work, block: int | None = None) -> None:
+def in_chunks(n_rows: int, n_cols: int, threads: int, work, block: int | None = None) -> None:
     """Call `work(start, stop)` over all rows, on `threads` threads (ctypes releases the GIL)."""
     spans = row_spans(n_rows, max(1, _CHUNK_WEIGHTS // max(n_cols, 1)), block)
     if threads <= 1 or len(spans) == 1:
@@ -99,7 +99,7 @@ def encode_rows(rows: np.ndarray, qtype: QType, threads: int = 1, importance: np
     if rows.dtype != np.float32 or rows.ndim != 2 or not rows.flags.c_contiguous:
         raise ValueError(f"expected C-contiguous float32 [rows, cols], found {rows.dtype} {rows.shape}")
     n_rows, n_cols = rows.shape
-    vectors = None if importance is None else _importance_vectors(importance, n_rows, n_cols)
+    vectors = None if importance is None else importance_vectors(importance, n_rows, n_cols)
     height = n_rows if vectors is None else n_rows // len(vectors)
     out = np.empty((n_rows, row_bytes(qtype, n_cols)), dtype=np.uint8)
     if qtype == QType.F32:
@@ -115,11 +115,11 @@ def encode_rows(rows: np.ndarray, qtype: QType, threads: int = 1, importance: np
         if written != (stop - start) * out.shape[1]:
             raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes for {qtype.name}")
 
-    _in_chunks(n_rows, n_cols, threads, work, height)
+    in_chunks(n_rows, n_cols, threads, work, height)
     return out
 
 
-def _importance_vectors(importance: np.ndarray, n_rows: int, n_cols: int) -> np.ndarray:
+def importance_vectors(importance: np.ndarray, n_rows: int, n_cols: int) -> np.ndarray:
     """`importance` as C-contiguous float32 [matrices, n_cols]; ValueError when it does not suit the rows."""
     if importance.dtype != np.float32 or importance.ndim not in (1, 2) or importance.shape[-1] != n_cols:
         raise ValueError(f"expected importance float32 [{n_cols}], found {importance.dtype} {importance.shape}")
@@ -148,5 +148,5 @@ def decode_rows(blocks: np.ndarray, qtype: QType, n_cols: int, threads: int = 1)
     def work(start: int, stop: int) -> None:
         to_float(blocks[start:].ctypes.data, out[start:].ctypes.data, (stop - start) * n_cols)
 
-    _in_chunks(blocks.shape[0], n_cols, threads, work)
+    in_chunks(blocks.shape[0], n_cols, threads, work)
     return out
