@@ -5,5 +5,19 @@ Importing this package needs neither triton nor a GPU: triton is loaded when a k
 
 from .dequantize import dequantize
 from .formats import FORMATS, BlockFormat, find_format
+from .moe_decode import moe_decode
+from .moe_prefill import moe_prefill
+from .packed import Activation, PackedExperts
+from .quantize import quantize
 
-__all__ = ["FORMATS", "BlockFormat", "dequantize", "find_format"]
+__all__ = [
+    "FORMATS",
+    "Activation",
+    "BlockFormat",
+    "PackedExperts",
+    "dequantize",
+    "find_format",
+    "moe_decode",
+    "moe_prefill",
+    "quantize",
+]

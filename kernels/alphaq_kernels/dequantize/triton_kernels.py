@@ -157,7 +157,7 @@ def _q6_k(p_b, o_g, o_w):
 
 
 @triton.jit
-def _round_to_bf16(b_x):
+def round_to_bf16(b_x):
     # Spelled out because a plain cast truncates in Triton's interpreter; ties go to even, NaN stays.
     b_bits = b_x.to(tl.int32, bitcast=True)
     b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
@@ -186,7 +186,7 @@ def _dequantize_kernel(
     # [B, G, L]
     b_x = decode(p_b, o_g, o_w)
     if p_out.dtype.element_ty == tl.bfloat16:
-        b_x = _round_to_bf16(b_x)
+        b_x = round_to_bf16(b_x)
     tl.store(p_out + i_b * block_size + o_w, b_x.to(p_out.dtype.element_ty), mask=m_b)
 
 
