@@ -62,7 +62,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         if stacks
         else None,
         "stacks": stacks,
-        "alphaq": {key: value for key, value in own.items() if key != "recipe"},
+        "alphaq": {key: value for key, value in own.items() if key not in ("recipe", "config")},
         "recipe": _parse(own.get("recipe")),
     }
 

@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
 from .calibration.imatrix import ImportanceMatrix
 from .checkpoint import Source
+from .checkpoint.huggingface import CONFIG_KEY
 from .gguf_file import Field, TensorInfo, build_header, make_field
 from .qtypes import QType, file_type
 from .recipe import Recipe, to_json
@@ -52,7 +53,11 @@ def _output_fields(
     by_type: dict[QType, int] = {}
     for info in infos:
         by_type[info.qtype] = by_type.get(info.qtype, 0) + info.n_bytes
-    kept = [f for f in source.fields if f.key not in _OWN_KEYS and not f.key.startswith(_OWN_PREFIXES)]
+    kept = [
+        f
+        for f in source.fields
+        if f.key == CONFIG_KEY or (f.key not in _OWN_KEYS and not f.key.startswith(_OWN_PREFIXES))
+    ]
     own: list[tuple[str, GGUFValueType, Any]] = [
         ("general.quantized_by", GGUFValueType.STRING, "alphaq-gguf"),
         ("general.file_type", GGUFValueType.UINT32, int(file_type(by_type))),

@@ -25,13 +25,15 @@ class Part:
     """Rows that one checkpoint tensor contributes: optionally one expert of a fused tensor, a row range of it.
 
     `transform` rearranges or computes instead of passing rows through: it is given the whole tensor
-    (the whole expert's, if `expert` is set), so it suits what fits in memory.
+    (the whole expert's, if `expert` is set), so it suits what fits in memory. `inverse` undoes one that computes;
+    one that only rearranges can do without.
     """
 
     tensor: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
     transform: Transform | None = None
+    inverse: Transform | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class TensorPlan:
     """A GGUF tensor to write: its name, its shape in torch order, and the parts its rows come from, in order.
 
     All parts give the same number of rows. `computed` says that a transform makes new values, which
-    it is given and gives as float32; otherwise the stored type is kept.
+    it is given and gives as float32; otherwise the stored type is kept. What is computed without an inverse is
+    a constant, which config.json alone tells.
     """
 
     name: str
@@ -150,14 +153,21 @@ class Planner:
         shape: tuple[int, ...],
         transform: Transform | None = None,
         stored: tuple[int, ...] | None = None,
-        computed: bool = False,
     ) -> None:
-        """A tensor of `shape`, from one that is stored as `stored` (default: the same) by `transform`."""
+        """A tensor of `shape`, from one that is stored as `stored` (default: the same), rearranged by `transform`."""
         self.expect(tensor, stored or shape)
         parts = (Part(tensor, transform=transform),)
         if transform is None and len(shape) == 3:
             parts = tuple(Part(tensor, expert=i) for i in range(shape[0]))
-        self.plans.append(TensorPlan(gguf_name, shape, parts, computed))
+        self.plans.append(TensorPlan(gguf_name, shape, parts))
+
+    def add_computed(
+        self, gguf_name: str, tensor: str, *, shape: tuple[int, ...], transform: Transform, inverse: Transform
+    ) -> None:
+        """A tensor of `shape` whose values `transform` computes of another's, from which `inverse` gets them back."""
+        self.expect(tensor, shape)
+        part = Part(tensor, transform=transform, inverse=inverse)
+        self.plans.append(TensorPlan(gguf_name, shape, (part,), computed=True))
 
     def add_rows(self, gguf_name: str, tensor: str, *, rows: tuple[int, int], stored: tuple[int, int]) -> None:
         """Rows [start, stop) of a matrix that is stored as `stored`."""

@@ -87,7 +87,9 @@ def _layer_types(config: Config) -> list[str]:
 
 def _add_norm(plan: Planner, gguf_name: str, tensor: str, width: int) -> None:
     """A norm whose stored weight is its difference from 1."""
-    plan.add(gguf_name, tensor, shape=(width,), transform=lambda weight: weight + 1, computed=True)
+    plan.add_computed(
+        gguf_name, tensor, shape=(width,), transform=lambda weight: weight + 1, inverse=lambda weight: weight - 1
+    )
 
 
 def _add_attention(plan: Planner, bid: int, hf: str, config: Config) -> None:
@@ -126,8 +128,12 @@ def _add_linear_attention(plan: Planner, bid: int, hf: str, config: Config) -> N
         transform=lambda weight: weight.squeeze(1),
     )
     plan.add(f"{out}.ssm_dt.bias", f"{hf}.dt_bias", shape=(n_value_heads,))
-    plan.add(
-        f"{out}.ssm_a", f"{hf}.A_log", shape=(n_value_heads,), transform=lambda weight: -weight.exp(), computed=True
+    plan.add_computed(
+        f"{out}.ssm_a",
+        f"{hf}.A_log",
+        shape=(n_value_heads,),
+        transform=lambda weight: -weight.exp(),
+        inverse=lambda decay: (-decay).log(),
     )
     plan.add(f"{out}.ssm_norm.weight", f"{hf}.norm.weight", shape=(head_dim,))
     plan.add(f"{out}.ssm_out.weight", f"{hf}.out_proj.weight", shape=(n_embd, n_values))

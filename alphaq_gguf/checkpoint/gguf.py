@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from ..errors import SourceError
 from ..gguf_file import Field, Header, TensorInfo, read_header
 from ..qtypes import FLOAT_TYPES, row_bytes
 from .base import Source
+from .huggingface import CONFIG_KEY, describe_model
 
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
 # How the source was cut into files says nothing of the file we write.
@@ -50,6 +53,20 @@ class GGUFSource(Source):
     @property
     def fields(self) -> list[Field]:
         return self._fields
+
+    @property
+    def model_config(self) -> dict[str, Any] | None:
+        """The language model's config.json if the file keeps it; SourceError when that is damaged."""
+        text = next((field.value for field in self._fields if field.key == CONFIG_KEY), None)
+        if text is None:
+            return None
+        try:
+            config = json.loads(text)
+        except (json.JSONDecodeError, TypeError):
+            config = None
+        if not isinstance(config, dict):
+            raise SourceError(f"{self.path}: {CONFIG_KEY} is damaged: expected a JSON object", "convert it again")
+        return describe_model(config)
 
     @property
     def files(self) -> list[Path]:

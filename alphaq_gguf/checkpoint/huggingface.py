@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from gguf import GGUFType, GGUFWriter, Metadata, size_label
+from gguf import GGUFType, GGUFValueType, GGUFWriter, Metadata, size_label
 
 from ..arch import FAMILIES, UNFIT, Config, Family, Part, TensorPlan
 from ..arch.base import read_json
@@ -26,6 +28,35 @@ from .shards import TORCH_DTYPES, LocalShard, SafetensorsWeights, Shard, Weights
 
 # What a token of the vocabulary takes in the metadata with its type and merge: 39 for Qwen's 151,936.
 _TOKEN_BYTES = 40
+
+CONFIG_KEY = "alphaq.config"
+"""The metadata key under which files keep the language model's config.json."""
+
+# What config.json says about loading a model and not about the model, beside other models inside it (`*_config`).
+_LOADING = ("attn_implementation", "auto_map", "dtype", "experts_implementation", "torch_dtype", "transformers_version")
+
+
+def read_config(directory: Path, label: str) -> Config:
+    """A model directory's config.json; SourceError when there is none. `label` is what messages call the model."""
+    path = directory / "config.json"
+    try:
+        config = read_json(path)
+    except FileNotFoundError:
+        what = "holds no config.json: not a model directory" if any(directory.iterdir()) else "is empty"
+        hint = "give a Hugging Face checkpoint directory or a .gguf file"
+        raise SourceError(f"{label} {what}", hint) from None
+    # Models that also see or hear keep the language model's fields one level down.
+    text = config.get("text_config")
+    return Config({**config, **(text if isinstance(text, dict) else {})}, str(path))
+
+
+def describe_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json that make the language model, without those that say how to load it."""
+    return {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and not key.endswith("_config") and key not in _LOADING
+    }
 
 
 class HuggingFaceSource(Source):
@@ -49,7 +80,9 @@ class HuggingFaceSource(Source):
         super().__init__(path, label=label, name=name)
         self.pre_tokenizer = pre_tokenizer
         self.with_tokenizer = with_tokenizer
-        self.config = self._read_config()
+        self.config = read_config(path, self.label)
+        # A copy, since families note in their config what they found among the tensors.
+        self.model_config = describe_model(self.config)
         self.family = self._find_family()
         self._weights = self._open_weights(shards)
         self._kept: tuple[Part | None, torch.Tensor] = (None, torch.empty(0))
@@ -110,7 +143,8 @@ class HuggingFaceSource(Source):
             for pairs in writer.kv_data
             for key, value in pairs.items()
         ]
-        return fields, remarks
+        config = json.dumps(self.model_config, separators=(",", ":"))
+        return [*fields, make_field(CONFIG_KEY, GGUFValueType.STRING, config)], remarks
 
     @property
     def files(self) -> list[Path]:
@@ -150,18 +184,6 @@ class HuggingFaceSource(Source):
             rows = part.transform(whole.float() if self._plans[info.name].computed else whole)
             kept = self._kept = (part, rows.reshape(-1, info.n_cols))
         return kept[1]
-
-    def _read_config(self) -> Config:
-        path = self.path / "config.json"
-        try:
-            config = read_json(path)
-        except FileNotFoundError:
-            what = "holds no config.json: not a model directory" if any(self.path.iterdir()) else "is empty"
-            hint = "give a Hugging Face checkpoint directory or a .gguf file"
-            raise SourceError(f"{self.label} {what}", hint) from None
-        # Models that also see or hear keep the language model's fields one level down.
-        text = config.get("text_config")
-        return Config({**config, **(text if isinstance(text, dict) else {})}, str(path))
 
     def _find_family(self) -> Family:
         model_type = self.config.get("model_type")

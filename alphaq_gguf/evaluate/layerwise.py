@@ -19,6 +19,7 @@ from ..checkpoint.shards import TORCH_DTYPES, Weights
 from ..errors import AlphaQError, WeightError
 from ..gguf_file import build_header
 from .llama import LlamaVocabulary
+from .transformers_library import open_transformers, parameters_on_meta
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 # The modules that are loaded. Checkpoints with a vision tower hold the language model one level down.
@@ -39,13 +40,13 @@ class LayerwiseModel:
     def __init__(self, source: HuggingFaceSource, device: str = "cpu") -> None:
         self.source = source
         self.device = device
-        with _transformers(source) as library:
+        with open_transformers(source.label, _OTHER_WAY) as library:
             config = library.AutoConfig.from_pretrained(source.path, trust_remote_code=False).get_text_config()
             # Weights come as floats whatever they are stored as, and no layer runs where routers' outputs are gathered.
             for name, value in (("quantization_config", None), ("output_router_logits", False)):
                 if hasattr(config, name):
                     setattr(config, name, value)
-            with _parameters_on_meta():
+            with parameters_on_meta():
                 model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         self._model: Any = model.eval()
         self._decoder: Any = model.model
@@ -203,7 +204,7 @@ class LayerwiseModel:
         module, tensors = self._model.get_submodule(path), self._stored[path]
         # Experts are fused as they are stored, which takes less memory than as floats of 32 bits.
         kinds = {tensor.dtype for name, tensor in tensors.items() if _EXPERTS in name}
-        with _transformers(self.source) as library:
+        with open_transformers(self.source.label, _OTHER_WAY) as library:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import convert_and_load_state_dict_in_model
             from transformers.modeling_utils import LoadStateDictConfig
@@ -224,7 +225,8 @@ class LayerwiseModel:
         for problem, names in problems.items():
             if names:
                 raise AlphaQError(
-                    f"{self.source.label}: transformers {library.__version__} {problem} {min(names)}", _OTHER_WAY
+                    f"{self.source.label}: transformers {library.__version__} {problem} {min(names)}",
+                    f"install a newer transformers, or {_OTHER_WAY}",
                 )
         for owner in module.modules():
             for name in [name for name, _ in owner.named_parameters(recurse=False)]:
@@ -248,53 +250,7 @@ class _Stored:
         return whole.transpose(1, 2) if self._name.endswith(_MXFP4) else whole
 
 
-_OTHER_WAY = "install a newer transformers, or convert the checkpoint to a float GGUF and give that instead"
-
-
-@contextmanager
-def _transformers(source: HuggingFaceSource) -> Iterator[Any]:
-    """The library, without its progress bars and warnings; AlphaQError when it is missing or fails."""
-    try:
-        import transformers
-        from transformers.utils import logging
-    except ImportError:
-        raise AlphaQError(
-            f"{source.label}: running a checkpoint needs transformers, which is not installed",
-            "pip install 'alphaq-gguf[torch-path]', or convert the checkpoint to a float GGUF and give that instead",
-        ) from None
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if has_bars:
-        logging.disable_progress_bar()
-    try:
-        yield transformers
-    except AlphaQError:
-        raise
-    except Exception as error:
-        # Whatever it raises, the cause is a file or a version that the user can exchange.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AlphaQError(
-            f"{source.label}: transformers {transformers.__version__} cannot load it: {reason}", _OTHER_WAY
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made meanwhile have parameters without data; their buffers are real."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+_OTHER_WAY = "convert the checkpoint to a float GGUF and give that instead"
 
 
 def _expert_block(layer: nn.Module) -> nn.Module | None:
