@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,6 +112,7 @@ def _open_torch(
     seed: int,
 ) -> TorchModel:
     import torch
+    from alphaq_kernels import why_no_triton
 
     from ..evaluate.torch_model import TorchModel
 
@@ -122,8 +122,7 @@ def _open_torch(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {device}: not available: {str(error).splitlines()[0]}", "--device cpu") from None
     blocks = _open_blocks(console, file, model, imatrix, device, threads)
-    if not device.startswith("cuda") or find_spec("triton") is None:
-        why = "triton is not installed" if device.startswith("cuda") else f"on {device} there are no Triton kernels"
+    if why := why_no_triton(device):
         console.note(f"Plain PyTorch operations decode the experts, slowly: {why}")
     torch.set_num_threads(threads)
     return TorchModel(

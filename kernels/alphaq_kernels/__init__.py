@@ -3,6 +3,7 @@
 Importing this package needs neither triton nor a GPU: triton is loaded when a kernel is first launched.
 """
 
+from .backends import why_no_triton
 from .dequantize import dequantize
 from .formats import FORMATS, BlockFormat, find_format
 from .moe_decode import moe_decode
@@ -20,4 +21,5 @@ __all__ = [
     "moe_decode",
     "moe_prefill",
     "quantize",
+    "why_no_triton",
 ]

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ..backends import auto_backend
 from ..formats import BlockFormat, find_format
 from .naive import dequantize_naive
 
@@ -32,7 +33,7 @@ def dequantize(
     fmt = find_format(qtype)
     _check(blocks, fmt, dtype, backend)
     if backend == "auto":
-        backend = "triton" if blocks.is_cuda and find_spec("triton") is not None else "torch"
+        backend = auto_backend(blocks.device)
     if backend == "torch":
         return dequantize_naive(blocks, fmt, dtype)
 

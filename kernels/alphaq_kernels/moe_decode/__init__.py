@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ..backends import auto_backend
 from ..packed import Activation, PackedExperts
 from .naive import moe_decode_naive
 
@@ -38,7 +39,7 @@ def moe_decode(
     """
     check_arguments(x, chosen, gates, gate, up, down, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and find_spec("triton") is not None else "torch"
+        backend = auto_backend(x.device)
     if backend == "torch":
         return moe_decode_naive(x, chosen, gates, gate, up, down, activation)
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ..backends import auto_backend
 from ..moe_decode import check_arguments
 from ..packed import Activation, PackedExperts
 from .naive import moe_prefill_naive
@@ -34,7 +35,7 @@ def moe_prefill(
     """
     check_arguments(x, chosen, gates, gate, up, down, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and find_spec("triton") is not None else "torch"
+        backend = auto_backend(x.device)
     if backend == "torch":
         return moe_prefill_naive(x, chosen, gates, gate, up, down, activation)
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ..backends import auto_backend
 from ..formats import BlockFormat, find_format
 from .naive import search_naive
 from .packing import pack
@@ -46,7 +47,7 @@ def quantize(
     fmt = find_format(qtype)
     _check(rows, fmt, importance, backend)
     if backend == "auto":
-        backend = "triton" if rows.is_cuda and find_spec("triton") is not None else "torch"
+        backend = auto_backend(rows.device)
     search = search_naive if backend == "torch" else _triton_search(rows)
     n_rows, n_cols = rows.shape
     x, per_row = rows.reshape(-1, fmt.block_size), n_cols // fmt.block_size
