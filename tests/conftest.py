@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from checkpoints import ROOT, build_moe
 
 TRAINED = ROOT / "tests/models/stdlib-qwen2moe-4m"
+
+# A shell that runs the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
