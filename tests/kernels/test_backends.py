@@ -7,12 +7,12 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 from alphaq_kernels import why_no_triton
-from alphaq_kernels.backends import auto_backend
+from alphaq_kernels.backends import choose_backend
 
 
 def test_processors_have_none() -> None:
     assert why_no_triton("cpu") == "on cpu there are no Triton kernels"
-    assert auto_backend(torch.device("cpu")) == "torch"
+    assert choose_backend("auto", torch.device("cpu")) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,4 @@ def test_a_gpu_must_be_one_that_triton_supports(
     monkeypatch.setattr("alphaq_kernels.backends.find_spec", lambda name: spec)
     assert reason in why_no_triton("cuda:0")
     assert bool(reason) == bool(why_no_triton("cuda:0"))
-    assert auto_backend(torch.device("cuda:0")) == ("torch" if reason else "triton")
+    assert choose_backend("auto", torch.device("cuda:0")) == ("torch" if reason else "triton")

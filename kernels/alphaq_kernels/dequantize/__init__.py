@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
-from ..backends import auto_backend
+from ..backends import choose_backend, require_triton
 from ..formats import BlockFormat, find_format
 from .naive import dequantize_naive
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BACKENDS = ("auto", "triton", "torch")
 
 
 def dequantize(
@@ -31,27 +28,19 @@ def dequantize(
     contiguous uint8 matrix of whole blocks, and where Triton is asked for but cannot run on the tensor's device.
     """
     fmt = find_format(qtype)
-    _check(blocks, fmt, dtype, backend)
-    if backend == "auto":
-        backend = auto_backend(blocks.device)
-    if backend == "torch":
+    _check(blocks, fmt, dtype)
+    if choose_backend(backend, blocks.device) == "torch":
         return dequantize_naive(blocks, fmt, dtype)
 
-    if find_spec("triton") is None:
-        raise ValueError("backend 'triton' needs the package triton, which is not installed")
     from .triton_kernels import INTERPRETED, launch
 
-    if not (blocks.is_cuda or (INTERPRETED and blocks.device.type == "cpu")):
-        raise ValueError(
-            f"backend 'triton' cannot run on device {blocks.device.type!r}: expected a CUDA tensor, "
-            "or a CPU tensor with TRITON_INTERPRET=1 set before triton's first use"
-        )
+    require_triton(blocks.device, INTERPRETED)
     out = blocks.new_empty((blocks.shape[0], blocks.shape[1] // fmt.type_size * fmt.block_size), dtype=dtype)
     launch(blocks, fmt, out)
     return out
 
 
-def _check(blocks: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype, backend: str) -> None:
+def _check(blocks: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> None:
     if not isinstance(blocks, torch.Tensor):
         raise ValueError(f"blocks must be a torch.Tensor, not {type(blocks).__name__}")
     if blocks.dtype != torch.uint8:
@@ -64,5 +53,3 @@ def _check(blocks: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype, backend: 
         raise ValueError(f"blocks must be contiguous, not of strides {list(blocks.stride())}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, not {dtype}")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, not {backend!r}")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
-from ..backends import auto_backend
+from ..backends import choose_backend, require_triton
 from ..packed import Activation, PackedExperts
 from .naive import moe_decode_naive
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BACKENDS = ("auto", "triton", "torch")
 
 
 def moe_decode(
@@ -37,24 +34,14 @@ def moe_decode(
 
     Raises ValueError, before anything is launched, for a wrong dtype, shape, device, layout or backend.
     """
-    check_arguments(x, chosen, gates, gate, up, down, backend)
-    if backend == "auto":
-        backend = auto_backend(x.device)
-    if backend == "torch":
+    check_arguments(x, chosen, gates, gate, up, down)
+    if choose_backend(backend, x.device) == "torch":
         return moe_decode_naive(x, chosen, gates, gate, up, down, activation)
 
-    if find_spec("triton") is None:
-        raise ValueError("backend 'triton' needs the package triton, which is not installed")
     from .triton_kernels import INTERPRETED, launch
 
-    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
-        raise ValueError(
-            f"backend 'triton' cannot run on device {x.device.type!r}: expected a CUDA tensor, "
-            "or a CPU tensor with TRITON_INTERPRET=1 set before triton's first use"
-        )
-    for name, experts in (("gate", gate), ("up", up), ("down", down)):
-        if experts.data.data_ptr() % 16:
-            raise ValueError(f"data of {name} must start at a multiple of 16 bytes for backend 'triton'")
+    require_triton(x.device, INTERPRETED)
+    check_words(gate, up, down)
     out = torch.empty_like(x)
     if len(x):
         h = torch.empty((*chosen.shape, gate.n_rows), dtype=torch.float32, device=x.device)
@@ -69,7 +56,6 @@ def check_arguments(
     gate: PackedExperts,
     up: PackedExperts,
     down: PackedExperts,
-    backend: str,
 ) -> None:
     for name, tensor, dtypes in (
         ("x", x, _DTYPES),
@@ -104,7 +90,12 @@ def check_arguments(
     ):
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, as x is, not on {tensor.device}")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, not {backend!r}")
     if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < shape[0]:
         raise ValueError(f"chosen must be ids from 0 to {shape[0] - 1}, not {int(chosen.min())} to {int(chosen.max())}")
+
+
+def check_words(gate: PackedExperts, up: PackedExperts, down: PackedExperts) -> None:
+    """ValueError unless kernels can load words of 16 bytes from the start of each projection's data."""
+    for name, experts in (("gate", gate), ("up", up), ("down", down)):
+        if experts.data.data_ptr() % 16:
+            raise ValueError(f"data of {name} must start at a multiple of 16 bytes for backend 'triton'")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
-from ..backends import auto_backend
-from ..moe_decode import check_arguments
+from ..backends import choose_backend, require_triton
+from ..moe_decode import check_arguments, check_words
 from ..packed import Activation, PackedExperts
 from .naive import moe_prefill_naive
 
@@ -33,22 +31,12 @@ def moe_prefill(
     kernels. They round weights and hidden vectors to x's dtype, for the tensor cores, and add in float32. Ids of
     `chosen` outside of the experts are refused on the CPU alone; on a GPU what they contribute is undefined.
     """
-    check_arguments(x, chosen, gates, gate, up, down, backend)
-    if backend == "auto":
-        backend = auto_backend(x.device)
-    if backend == "torch":
+    check_arguments(x, chosen, gates, gate, up, down)
+    if choose_backend(backend, x.device) == "torch":
         return moe_prefill_naive(x, chosen, gates, gate, up, down, activation)
 
-    if find_spec("triton") is None:
-        raise ValueError("backend 'triton' needs the package triton, which is not installed")
     from .triton_kernels import INTERPRETED, launch
 
-    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
-        raise ValueError(
-            f"backend 'triton' cannot run on device {x.device.type!r}: expected a CUDA tensor, "
-            "or a CPU tensor with TRITON_INTERPRET=1 set before triton's first use"
-        )
-    for name, experts in (("gate", gate), ("up", up), ("down", down)):
-        if experts.data.data_ptr() % 16:
-            raise ValueError(f"data of {name} must start at a multiple of 16 bytes for backend 'triton'")
+    require_triton(x.device, INTERPRETED)
+    check_words(gate, up, down)
     return launch(x, chosen, gates, gate, up, down, activation) if len(x) else torch.empty_like(x)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
-from ..backends import auto_backend
+from ..backends import choose_backend, require_triton
 from ..formats import BlockFormat, find_format
 from .naive import search_naive
 from .packing import pack
@@ -14,7 +12,6 @@ from .plans import PLANS
 
 VERSION = 1
 """Changes whenever the blocks of some rows do."""
-_BACKENDS = ("auto", "triton", "torch")
 # Weights encoded at once: the twin holds about a dozen float32 tensors of this size, the kernel none.
 _CHUNK_WEIGHTS = {"torch": 1 << 22, "triton": 1 << 25}
 # No weight counts for less than this part of the most important one in its block, so that no sum over some is zero.
@@ -45,9 +42,8 @@ def quantize(
     for but cannot run on the rows' device.
     """
     fmt = find_format(qtype)
-    _check(rows, fmt, importance, backend)
-    if backend == "auto":
-        backend = auto_backend(rows.device)
+    _check(rows, fmt, importance)
+    backend = choose_backend(backend, rows.device)
     search = search_naive if backend == "torch" else _triton_search(rows)
     n_rows, n_cols = rows.shape
     x, per_row = rows.reshape(-1, fmt.block_size), n_cols // fmt.block_size
@@ -73,19 +69,13 @@ def _relative(importance: torch.Tensor) -> torch.Tensor:
 
 
 def _triton_search(rows: torch.Tensor):
-    if find_spec("triton") is None:
-        raise ValueError("backend 'triton' needs the package triton, which is not installed")
     from .triton_kernels import INTERPRETED, search
 
-    if not (rows.is_cuda or (INTERPRETED and rows.device.type == "cpu")):
-        raise ValueError(
-            f"backend 'triton' cannot run on device {rows.device.type!r}: expected a CUDA tensor, "
-            "or a CPU tensor with TRITON_INTERPRET=1 set before triton's first use"
-        )
+    require_triton(rows.device, INTERPRETED)
     return search
 
 
-def _check(rows: torch.Tensor, fmt: BlockFormat, importance: torch.Tensor | None, backend: str) -> None:
+def _check(rows: torch.Tensor, fmt: BlockFormat, importance: torch.Tensor | None) -> None:
     if not isinstance(rows, torch.Tensor):
         raise ValueError(f"rows must be a torch.Tensor, not {type(rows).__name__}")
     if rows.dtype != torch.float32 or rows.ndim != 2:
@@ -94,8 +84,6 @@ def _check(rows: torch.Tensor, fmt: BlockFormat, importance: torch.Tensor | None
         raise ValueError(f"rows of {rows.shape[1]} weights are not whole {fmt.name} blocks of {fmt.block_size}")
     if not rows.is_contiguous():
         raise ValueError(f"rows must be contiguous, not of strides {list(rows.stride())}")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, not {backend!r}")
     if importance is None:
         return
     if not isinstance(importance, torch.Tensor):
