@@ -29,7 +29,7 @@ from .qtypes import QType
 from .recipe import Recipe, RecipeUnit
 from .reporter import Reporter, Silent
 from .scope import allocate_scope
-from .signals import mass_of, measure_masses, measure_signals, needs_of
+from .signals import mass_of, measure_masses, measure_signals, needs_of, read_calibration
 from .spread import spread_of, warnings_about
 from .stacking import stacking_loss
 from .strategies import STRATEGIES, Allocation, Problem
@@ -65,9 +65,13 @@ def allocate(
     # Errors are measured for every strategy: what stacking costs is told of all of them.
     needs = needs_of(strategy, settings) | {"distortions"}
     frame = frame_problem(source, settings, reporter)
+    # Before anything is measured: what is wrong with the file should not come to light after an hour.
+    calibration = read_calibration(source, settings, needs, reporter)
     masses = {}
     if mass := mass_of(strategy, settings):
-        masses = measure_masses(source, mass, settings, cache_dir=cache_dir, threads=threads, reporter=reporter)
+        masses = measure_masses(
+            source, mass, settings, calibration, cache_dir=cache_dir, threads=threads, reporter=reporter
+        )
     problem, measured = measure_signals(
         source,
         settings,
@@ -75,6 +79,7 @@ def allocate(
         replace(frame.problem, masses=masses),
         cache_dir=cache_dir,
         alphas_file=alphas_file,
+        calibration=calibration,
         imatrix=frame.imatrix,
         encoder=encoder,
         device=device,

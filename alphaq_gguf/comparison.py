@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .errors import AlphaQError, UsageError
 from .qtypes import bpw
 from .reporter import Reporter, Silent
 from .scope import allocate_scope
-from .signals import CALIBRATED, mass_of, measure_masses, measure_signals, needs_of, tells_usage
+from .signals import mass_of, measure_masses, measure_signals, needs_of, read_calibration
 from .strategies import STRATEGIES, Problem
 from .strategies.base import matrix_distortion, matrix_type
 
@@ -65,9 +66,11 @@ def compare_strategies(
     """
     reporter = reporter or Silent()
     needs = frozenset({"distortions"}).union(*(s.needs for s in STRATEGIES.values()))
-    if not tells_usage(source, settings):
-        needs -= CALIBRATED
     frame = frame_problem(source, settings, reporter)
+    calibration = None
+    # Of importance matrices some only round; strategies that need more say so themselves.
+    with nullcontext() if settings.calibration else suppress(AlphaQError):
+        calibration = read_calibration(source, settings, needs, reporter)
     problem, _ = measure_signals(
         source,
         settings,
@@ -75,6 +78,7 @@ def compare_strategies(
         frame.problem,
         cache_dir=cache_dir,
         alphas_file=alphas_file,
+        calibration=calibration,
         imatrix=frame.imatrix,
         encoder=encoder,
         device=device,
@@ -88,12 +92,11 @@ def compare_strategies(
             shared = settings if "router" in strategy.needs else replace(settings, initial_router=None)
             needs_of(strategy, shared)
             mass = mass_of(strategy, shared)
-            given = problem.calibration
-            if mass == OWN and (given is None or OWN not in given.datasets):
+            if mass == OWN and (calibration is None or OWN not in calibration.datasets):
                 raise UsageError("the model has to write text first", "choose it alone, or calibrate with --text self")
             if mass is not None and mass not in known_masses:
                 known_masses[mass] = measure_masses(
-                    source, mass, settings, cache_dir=cache_dir, threads=threads, reporter=reporter
+                    source, mass, settings, calibration, cache_dir=cache_dir, threads=threads, reporter=reporter
                 )
             # Only those that ask for masses may see them, because they weigh every cost table.
             own = replace(problem, masses=known_masses[mass])

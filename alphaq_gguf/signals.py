@@ -15,7 +15,7 @@ from .calibration.store import load_calibration
 from .checkpoint import Source
 from .checkpoint.shards import LocalShard
 from .encode import Encoder
-from .errors import AlphaQError, SourceError, UsageError
+from .errors import SourceError, UsageError
 from .measure import measure
 from .measurements import Measurements
 from .reporter import Reporter
@@ -36,6 +36,7 @@ def measure_signals(
     *,
     cache_dir: Path,
     alphas_file: Path | None,
+    calibration: Calibration | None,
     imatrix: ImportanceMatrix | None,
     encoder: Encoder | None,
     device: str,
@@ -46,8 +47,6 @@ def measure_signals(
 
     Errors are those of rounding by `encoder`, libggml's unless given, as `imatrix` weighs it.
     """
-    # First, because what is wrong with the file should not come to light after an hour of measuring.
-    calibration = _calibration(source, settings, reporter) if needs & CALIBRATED else None
     analytic = problem.analytic and "distortions" in needs
     needs_alphas = "alphas" in needs or analytic
     measured = measure(
@@ -112,49 +111,43 @@ def measure_masses(
     source: Source,
     mass: str,
     settings: AllocationSettings,
+    calibration: Calibration | None,
     *,
     cache_dir: Path,
     threads: int,
     reporter: Reporter,
 ) -> dict[tuple[int, int], float]:
-    """(layer, expert) -> how much it is used: by random vectors, by a text, or by text the model writes itself."""
+    """(layer, expert) -> how much it is used: by random vectors, by a text, or by text the model writes itself.
+
+    The model writes only where its own text is no part of the calibration.
+    """
     if mass in ("count", "gate2"):
         return simulate_routing(source, mass, settings.alphas.seed, reporter)
+    usage = calibration
     if mass == OWN:
-        usage = _own_usage(source, settings, cache_dir, threads, reporter)
-    else:
-        usage = _calibration(source, settings, reporter)
+        if calibration is not None and OWN in calibration.datasets:
+            usage = calibration.of(OWN)
+        else:
+            from .calibration.run import own_usage
+
+            usage = own_usage(
+                source, cache_dir=cache_dir, threads=threads, seed=settings.alphas.seed, reporter=reporter
+            )
+    assert usage is not None
     layers = {stack.bid for stack in source.stacks}
     found = {bid: usage.squared_gate(bid) if mass == "true-gate2" else usage.frequency(bid) for bid in layers}
     return {(bid, xid): float(value) for bid, values in found.items() for xid, value in enumerate(values)}
 
 
-def tells_usage(source: Source, settings: AllocationSettings) -> bool:
-    """Whether a file was given from which strategies learn how text uses the experts; some imatrices only round."""
-    if settings.calibration is not None or settings.imatrix is None:
-        return settings.calibration is not None
-    try:
-        load_calibration(settings.imatrix, source)
-    except AlphaQError:
-        return False
-    return True
+def read_calibration(
+    source: Source, settings: AllocationSettings, needs: frozenset[str], reporter: Reporter
+) -> Calibration | None:
+    """How text uses the experts, from the file the user gave; None where these needs can do without.
 
-
-def _own_usage(
-    source: Source, settings: AllocationSettings, cache_dir: Path, threads: int, reporter: Reporter
-) -> Calibration:
-    """From the calibration, if the model's own text is part of it; else the model writes some."""
-    from .calibration.run import own_usage
-
-    if settings.calibration is not None:
-        given = load_calibration(settings.calibration, source)
-        if OWN in given.datasets:
-            return given.of(OWN)
-    return own_usage(source, cache_dir=cache_dir, threads=threads, seed=settings.alphas.seed, reporter=reporter)
-
-
-def _calibration(source: Source, settings: AllocationSettings, reporter: Reporter) -> Calibration:
-    """How text uses the experts, from the file the user gave; UsageError without any."""
+    UsageError when they cannot and no file was given.
+    """
+    if not needs & CALIBRATED and (settings.calibration is None or "self_usage" not in needs):
+        return None
     path = settings.calibration or settings.imatrix
     if path is None:
         raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from ..checkpoint.huggingface import HuggingFaceSource, describe_model, read_con
 from ..conversion import check_imatrix
 from ..encode import find_encoder
 from ..errors import AlphaQError
-from ..gguf_file import build_header
 from ..qtypes import QType, fits
 from ..recipe import Recipe
 from .llama import LlamaVocabulary
@@ -114,10 +112,7 @@ class RecipeBlocks(Blocks):
         return self._encode(self.source.read_rows(name, start, stop), types[start // height], self._threads, importance)
 
     def open_vocabulary(self) -> LlamaVocabulary:
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "vocabulary.gguf"
-            path.write_bytes(build_header(self.source.fields, [])[0])
-            return LlamaVocabulary(path)
+        return LlamaVocabulary.of_fields(self.source.fields)
 
 
 def _types_by_matrix(recipe: Recipe, source: Source) -> dict[str, Sequence[QType]]:

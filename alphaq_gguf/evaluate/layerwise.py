@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ from torch import nn
 from ..checkpoint.huggingface import HuggingFaceSource
 from ..checkpoint.shards import TORCH_DTYPES, Weights
 from ..errors import AlphaQError, WeightError
-from ..gguf_file import build_header
 from .llama import LlamaVocabulary
 from .transformers_library import open_transformers, parameters_on_meta
 
@@ -73,10 +70,7 @@ class LayerwiseModel:
 
     @cached_property
     def _vocabulary(self) -> LlamaVocabulary:
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "vocabulary.gguf"
-            path.write_bytes(build_header(self.source.fields, [])[0])
-            return LlamaVocabulary(path)
+        return LlamaVocabulary.of_fields(self.source.fields)
 
     @property
     def bos(self) -> int | None:

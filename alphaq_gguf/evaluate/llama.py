@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..errors import AlphaQError
+from ..gguf_file import Field, build_header
 from ..reporter import Reporter, Silent
 from .watch import Watch
 
@@ -86,6 +88,14 @@ class LlamaVocabulary(_WithVocabulary):
         _collect_errors()
         self.llm = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
         self.path = path
+
+    @classmethod
+    def of_fields(cls, fields: Iterable[Field]) -> Self:
+        """The tokenizer that a file with this metadata would have."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "vocabulary.gguf"
+            path.write_bytes(build_header(fields, [])[0])
+            return cls(path)
 
 
 class LlamaModel(_WithVocabulary):
