@@ -18,6 +18,7 @@ from ..encode import decode_rows, row_spans
 from ..errors import AlphaQError
 from ..gguf_file import TensorInfo
 from ..qtypes import QType, row_bytes
+from .activation_rounding import round_products
 from .blocks import Blocks
 from .packed_experts import IMPLEMENTATION, READABLE_TYPES, PackedLayer, activation_of, attach, pack, register
 from .transformers_library import open_transformers, parameters_on_meta
@@ -32,17 +33,24 @@ _ROPE_FACTORS = "rope_f"
 _CHUNK_WEIGHTS = 1 << 24
 
 
-def load_model(blocks: Blocks, device: torch.device, dtype: torch.dtype, threads: int = 1) -> Any:
+def load_model(
+    blocks: Blocks, device: torch.device, dtype: torch.dtype, threads: int = 1, round_activations: bool = False
+) -> Any:
     """transformers' model of `blocks` on `device`: experts as blocks, all else as `dtype`.
 
-    Takes about as much memory as these, and one tensor. AlphaQError when transformers is missing or does not know the
-    model, config.json and tensors do not match, experts are of types that the kernels lack, or memory does not suffice.
+    Takes about as much memory as these, and one tensor. With `round_activations` it rounds what it multiplies with
+    quantised weights as llama.cpp does. AlphaQError when transformers is missing or does not know the model,
+    config.json and tensors do not match, experts are of types that the kernels lack, or memory does not suffice.
     """
     family = _find_family(blocks)
     with open_transformers(blocks.label, _OTHER_ENGINE) as library:
         register()
         model = _build(library, blocks, family, dtype)
-    return _Loader(blocks, family, model, device, dtype, threads).load()
+    loader = _Loader(blocks, family, model, device, dtype, threads)
+    model = loader.load()
+    if round_activations:
+        round_products(model, loader.plans.values(), blocks.types)
+    return model
 
 
 def check_memory(label: str, n_bytes: int, device: torch.device) -> None:

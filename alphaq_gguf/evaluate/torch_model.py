@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self
 
@@ -15,20 +17,40 @@ from ..errors import AlphaQError
 from .blocks import Blocks
 from .decoding import Decoder, pick_likeliest
 from .llama import LlamaVocabulary
+from .packed_experts import DenselyCalled, PackedLayer
 from .torch_loader import load_model
 
 # Tokens less likely than this share of the likeliest one's probability are not drawn, as llama.cpp does by default.
 _LEAST_SHARE = 0.05
 
+# Where transformers' module of a layer is.
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
 # A decoder's cache has room for a multiple of so many tokens, so that the next text may be somewhat longer.
 _CACHE_STEP = 256
+
+
+@dataclass(frozen=True, eq=False)
+class _WatchedLayer(PackedLayer):
+    """A layer that puts the experts it is asked for into `seen`; of `top_k` where each token comes so often."""
+
+    layer: PackedLayer
+    seen: dict[int, torch.Tensor]
+    number: int
+    top_k: int | None
+
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        self.seen[self.number] = chosen if self.top_k is None else chosen.view(self.top_k, -1).T
+        return self.layer(x, chosen, gates)
 
 
 class TorchModel:
     """transformers' model with the experts of `blocks` as they are; it runs `n_ctx` tokens at most.
 
     `dtype` is what everything but experts' blocks is held and computed in: by default float32 on the CPU, else
-    bfloat16. `note` is called with what is worth telling of how text is decoded. AlphaQError as `load_model` says.
+    bfloat16. `round_activations` rounds what is multiplied with quantised weights as llama.cpp does on the CPU: the
+    same file then gives its logits, for proof, at the pace of plain PyTorch. `note` is called with what is worth
+    telling of how text is decoded. AlphaQError as `load_model` says.
     """
 
     def __init__(
@@ -40,14 +62,15 @@ class TorchModel:
         n_ctx: int = 512,
         threads: int = 1,
         seed: int = 0,
+        round_activations: bool = False,
         note: Callable[[str], None] = lambda note: None,
     ) -> None:
         self.blocks = blocks
         self.n_ctx = n_ctx
         self.device = torch.device(device)
         dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        with self._within_memory():
-            self.model = load_model(blocks, self.device, dtype, threads)
+        with self.within_memory():
+            self.model = load_model(blocks, self.device, dtype, threads, round_activations)
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._note = note
         self._decoder: Decoder | None = None
@@ -57,6 +80,11 @@ class TorchModel:
 
     def __exit__(self, *_: object) -> None:
         self.vocabulary.llm.close()
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens that have logits."""
+        return self.model.get_output_embeddings().weight.shape[0]
 
     @cached_property
     def vocabulary(self) -> LlamaVocabulary:
@@ -70,7 +98,7 @@ class TorchModel:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after every token of one sequence, float32 [len(tokens), n_vocab]."""
-        with torch.no_grad(), self._within_memory():
+        with torch.no_grad(), self.within_memory():
             ids = torch.tensor([list(tokens)], device=self.device)
             return self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
 
@@ -95,7 +123,7 @@ class TorchModel:
 
         vocabulary: Any = llama_cpp.llama_model_get_vocab(self.vocabulary.llm.model)
         pick = pick_likeliest if temperature == 0 else partial(self._sample, temperature=temperature)
-        with self._within_memory():
+        with self.within_memory():
             for ids in self._open_decoder(len(tokens) + n_tokens).draw(tokens, n_tokens, pick):
                 token = int(ids)
                 if llama_cpp.llama_vocab_is_eog(vocabulary, token):
@@ -145,7 +173,27 @@ class TorchModel:
         return self.vocabulary.tokenize(text, special=True)
 
     @contextmanager
-    def _within_memory(self) -> Iterator[None]:
+    def watching_experts(self) -> Iterator[dict[int, torch.Tensor]]:
+        """The experts that the last sequence run meanwhile chose, by layer: ids [tokens, top_k]."""
+        chosen: dict[int, torch.Tensor] = {}
+        watched: list[tuple[Any, PackedLayer]] = []
+        for name, module in self.model.named_modules():
+            layer, number = getattr(module, "packed", None), _LAYER.search(name)
+            if isinstance(layer, PackedLayer) and number:
+                top_k = module.top_k if isinstance(module, DenselyCalled) else None
+                watched.append((module, layer))
+                module.packed = _WatchedLayer(
+                    **vars(layer), layer=layer, seen=chosen, number=int(number[1]), top_k=top_k
+                )
+        try:
+            yield chosen
+        finally:
+            for module, layer in watched:
+                module.packed = layer
+
+    @contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """An AlphaQError in place of PyTorch's own when the device's memory does not suffice."""
         try:
             yield
         except torch.OutOfMemoryError as error:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, LAYOUTS, build_moe
-from torch import nn
 
 from alphaq_gguf.encode import encode_rows
 from alphaq_gguf.errors import AlphaQError
@@ -152,77 +151,6 @@ def test_half_precision_differs_by_its_rounding_alone(dtype: torch.dtype, traine
     window = exact.vocabulary.windows(heldout, 128)[0]
     p, q = (log_softmax(model.logits(window).astype(np.float64)) for model in (exact, half))
     assert 0 < (np.exp(p) * (p - q)).sum(axis=1).mean() < 0.02
-
-
-def mean_divergence(path: Path, text: str, adapt: Callable[[TorchModel], None] = lambda model: None) -> float:
-    """Mean KLD of the PyTorch path from llama.cpp on the same file, over 1024 tokens."""
-    model = open_model(path)
-    adapt(model)
-    found = []
-    with LlamaModel(path, n_ctx=256, threads=1, exact=True) as llama:
-        for window in llama.windows(text, 256)[:4]:
-            p, q = (log_softmax(engine.logits(window).astype(np.float64)) for engine in (llama, model))
-            found.append((np.exp(p) * (p - q)).sum(axis=1))
-    return float(np.concatenate(found).mean())
-
-
-@pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"])
-def test_quantised_experts_give_the_probabilities_of_llama_cpp(qtype: str, trained_file, heldout: str) -> None:
-    # llama.cpp also rounds what it multiplies them with, to 8 bits.
-    found = mean_divergence(trained_file(qtype, "--tensor-type", OTHERS_FLOAT), heldout)
-    assert 0 < found < 1e-3
-
-
-def round_as_llama_cpp(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Rows as llama.cpp rounds them for a product: block_q8_K for types of 256 weights a block, block_q8_0 of 32."""
-    if block_size == 1:
-        return x
-    blocks = x.unflatten(-1, (-1, block_size))
-    if block_size == 256:
-        peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-        codes, step = (blocks * (-127 / peak)).round().clamp(max=127), -peak / 127
-    else:
-        step = blocks.abs().amax(-1, keepdim=True) / 127
-        codes, step = (blocks / step).round(), step.half().float()
-    return (codes.nan_to_num(0) * step).flatten(-2)
-
-
-class RoundingExperts:
-    """The experts of a layer computed pair by pair, with inputs as llama.cpp rounds them."""
-
-    def __init__(self, layer: PackedLayer) -> None:
-        self.layer = layer
-
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        def multiply(rows: torch.Tensor, experts: Any, xid: int) -> torch.Tensor:
-            rows = round_as_llama_cpp(rows, experts.table[xid][1].block_size)
-            return rows @ experts.dequantize(xid, torch.float32).T
-
-        out, layer = torch.zeros_like(x), self.layer
-        for xid in range(layer.gate.n_experts):
-            tokens, picks = (chosen == xid).nonzero(as_tuple=True)
-            if len(tokens):
-                gate, up = (multiply(x[tokens], experts, xid) for experts in (layer.gate, layer.up))
-                hidden = nn.functional.silu(gate) * up
-                out[tokens] += gates[tokens, picks, None] * multiply(hidden, layer.down, xid)
-        return out
-
-
-def round_inputs(model: TorchModel) -> None:
-    """Have every product with quantised weights round its inputs as llama.cpp does."""
-    for module in packed_layers(model):
-        module.packed = RoundingExperts(module.packed)
-    for name, module in model.model.named_modules():
-        # All linear layers are Q8_0 but the gate of shared experts.
-        if isinstance(module, nn.Linear) and not name.endswith("shared_expert_gate"):
-            module.register_forward_pre_hook(lambda _, given: (round_as_llama_cpp(given[0], 32),))
-
-
-@pytest.mark.parametrize("qtype", ["Q2_K", "Q4_K"])
-def test_what_differs_from_llama_cpp_is_its_rounding_of_activations(qtype: str, trained_file, heldout: str) -> None:
-    path = trained_file(qtype)
-    plain, rounding = mean_divergence(path, heldout), mean_divergence(path, heldout, round_inputs)
-    assert rounding < min(1e-3, plain / 4)
 
 
 @pytest.mark.parametrize("granularity", ["expert", "expert-shared", "stack"])
