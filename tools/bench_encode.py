@@ -11,21 +11,17 @@ computer's. Writes RESULT.json and RESULT.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from alphaq_kernels.quantize import quantize
+from results import describe_run, introduce, run, write_result
 
 from alphaq_gguf.console import Console
 from alphaq_gguf.encode import Encoder, decode_rows, find_encoder
@@ -91,26 +87,13 @@ def measure_speed(
     }
 
 
-def describe(words: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """What made the result: command, date, machine, versions. Names stand without directories of this machine."""
-    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return {
-        "command": " ".join(["python", "tools/bench_encode.py", *(Path(word).name for word in words)]),
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores{gpu}",
-        **{name: version(name) for name in ("alphaq-gguf", "llama-cpp-python")},
-        "torch": torch.__version__,
-    }
-
-
 def report(result: dict[str, Any]) -> list[str]:
     """The lines of RESULT.md."""
-    versions = ", ".join(f"{name} {result[name]}" for name in ("alphaq-gguf", "llama-cpp-python", "torch"))
     kinds = list(result["rows"][0]["error_ratio"])
     lines = [
         f"# Encoding on {result['device']} beside libggml on {result['threads']} threads",
         "",
-        f"`{result['command']}`, {result['date']}, {result['machine']}, {versions}",
+        introduce(result),
         "",
         f"Million weights per second, rows of {N_COLS}{', with importance' if result['importance'] else ''}: the "
         "encoder alone, and from float rows to blocks in the computer's memory. Beside them the speed over libggml's.",
@@ -170,23 +153,17 @@ def main(words: Sequence[str], console: Console) -> None:
             rows.append({"type": qtype.name, "error_ratio": ratios[qtype], "weights_per_s": speed})
             advance(1)
     result = {
-        **describe(words, device),
-        "device": arguments.device,
+        **describe_run("bench_encode.py", words, "alphaq-gguf", "llama-cpp-python", "torch"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
         "threads": threads,
         "importance": arguments.importance,
         "rows": rows,
     }
     lines = report(result)
-    for suffix, text in ((".json", json.dumps(result, indent=2)), (".md", "\n".join(lines))):
-        arguments.output.with_name(arguments.output.name + suffix).write_text(text + "\n", encoding="utf-8")
+    write_result(arguments.output, result, lines)
     for line in lines:
         console.result(line)
 
 
 if __name__ == "__main__":
-    console = Console()
-    try:
-        main(sys.argv[1:], console)
-    except AlphaQError as error:
-        console.error(error.message, error.hint)
-        sys.exit(error.exit_code)
+    run(main)

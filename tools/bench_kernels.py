@@ -15,19 +15,14 @@ Cases are begun for `--minutes`, the ones with targets first. Writes RESULT.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +31,7 @@ import torch
 from alphaq_kernels import FORMATS, Activation, PackedExperts, dequantize, find_format
 from alphaq_kernels.moe_decode import moe_decode
 from alphaq_kernels.moe_prefill import moe_prefill
+from results import describe_run, introduce, run, write_result
 from torch.nn import functional
 
 from alphaq_gguf.console import Console
@@ -390,37 +386,21 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     return targets
 
 
-def describe(words: Sequence[str], device: torch.device) -> Row:
-    """What made a result; paths stand without directories."""
+def find_driver() -> str:
+    """The version of the GPU's driver."""
     driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(driver, capture_output=True, text=True, check=True).stdout.split()[0]
+        return subprocess.run(driver, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
-        found = "unknown"
-    return {
-        "command": " ".join(["python", "tools/bench_kernels.py", *(Path(word).name for word in words)]),
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "gpu": torch.cuda.get_device_name(device),
-        "driver": found,
-        **{name: installed(name) for name in ("alphaq-gguf", "torch", "triton", "transformers", "llama-cpp-python")},
-    }
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+        return "unknown"
 
 
 def report(result: Row) -> list[str]:
     """The lines of RESULT.md."""
-    versions = ", ".join(f"{k} {result[k]}" for k in ("torch", "triton", "transformers") if result[k])
     lines = [
         f"# Expert kernels on {result['gpu']}",
         "",
-        f"`{result['command']}`, {result['date']}, {result['machine']}, driver {result['driver']}, {versions}. "
+        f"{introduce(result)}, driver {result['driver']}. "
         f"Copying moves {result['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and written.",
         "",
         "| target | least | found | |",
@@ -454,14 +434,6 @@ def report(result: Row) -> list[str]:
             )
     lines += ["", *(f"- {note}" for note in result["notes"])]
     return lines
-
-
-def write_result(output: Path, result: Row, lines: Sequence[str]) -> None:
-    """RESULT.json and RESULT.md, each replaced whole."""
-    for suffix, text in ((".json", json.dumps(result, indent=2)), (".md", "\n".join(lines))):
-        fresh = output.with_name(output.name + suffix + ".new")
-        fresh.write_text(text + "\n", encoding="utf-8")
-        fresh.replace(output.with_name(output.name + suffix))
 
 
 def collect_notes(result: Row, left: int) -> list[str]:
@@ -509,7 +481,15 @@ def main(words: Sequence[str], console: Console) -> int:
         console.note(f"{len(wrong)} of the checked operations are wrong")
         return int(bool(wrong))
     bandwidth, rows, left = measure(arguments, device, console)
-    result = {**describe(words, device), "copy_bytes_per_s": bandwidth, "targets": judge(rows), "rows": rows}
+    libraries = "alphaq-gguf", "torch", "triton", "transformers", "llama-cpp-python"
+    result = {
+        **describe_run("bench_kernels.py", words, *libraries),
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": find_driver(),
+        "copy_bytes_per_s": bandwidth,
+        "targets": judge(rows),
+        "rows": rows,
+    }
     result["notes"] = collect_notes(result, left)
     lines = report(result)
     write_result(arguments.output, result, lines)
@@ -519,10 +499,4 @@ def main(words: Sequence[str], console: Console) -> int:
 
 
 if __name__ == "__main__":
-    printer = Console()
-    try:
-        code = main(sys.argv[1:], printer)
-    except AlphaQError as error:
-        printer.error(error.message, error.hint)
-        code = error.exit_code
-    sys.exit(code)
+    run(main)

@@ -1,27 +1,18 @@
-"""What the studies share: a float reference in llama.cpp, KLD against it, and how a result is recorded.
+"""What the studies share: a float reference in llama.cpp, KLD against it, and plots.
 
-Their plots need matplotlib, the extra `study`.
+The plots need matplotlib, the extra `report`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import platform
-import sys
-from collections.abc import Callable, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from alphaq_gguf.checkpoint import Source
-from alphaq_gguf.console import Console
 from alphaq_gguf.errors import AlphaQError
 from alphaq_gguf.evaluate.llama import LlamaModel, log_softmax
 from alphaq_gguf.pipeline import AllocationSettings, allocate, convert
@@ -92,24 +83,6 @@ class Reference:
         return LlamaModel(path, n_ctx=n_ctx, threads=self.threads, exact=True)
 
 
-def describe_run(script: str, words: Sequence[str], source: Source) -> dict[str, Any]:
-    """What made a result: command, date, machine, versions, model. Names stand without directories of this machine."""
-    return {
-        "command": " ".join(["python", f"tools/{script}", *(Path(word).name for word in words)]),
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "alphaq-gguf": version("alphaq-gguf"),
-        "llama-cpp-python": version("llama-cpp-python"),
-        "model": source.name,
-    }
-
-
-def introduce(result: dict[str, Any]) -> str:
-    """The first words of a report, from describe_run's."""
-    libraries = ", ".join(f"{name} {result[name]}" for name in ("alphaq-gguf", "llama-cpp-python"))
-    return f"`{result['command']}`, {result['date']}, {result['machine']}, {libraries}"
-
-
 def digest_of(path: Path | None) -> str | None:
     """The sha256 of a file; AlphaQError when it cannot be read."""
     try:
@@ -118,25 +91,7 @@ def digest_of(path: Path | None) -> str | None:
         raise AlphaQError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def write_result(output: Path, result: dict[str, Any], lines: Sequence[str]) -> None:
-    """RESULT.json and RESULT.md, each replaced whole."""
-    for suffix, text in ((".json", json.dumps(result, indent=2)), (".md", "\n".join(lines))):
-        fresh = output.with_name(output.name + suffix + ".new")
-        fresh.write_text(text + "\n", encoding="utf-8")
-        fresh.replace(output.with_name(output.name + suffix))
-
-
 def write_plot(output: Path, figure: Figure) -> None:
     """RESULT.svg; the same figure gives the same bytes."""
     with rc_context({"svg.hashsalt": "alphaq-gguf", "svg.fonttype": "none"}):
         figure.savefig(output.with_name(output.name + ".svg"), metadata={"Date": None})
-
-
-def run(main: Callable[[Sequence[str], Console], None]) -> None:
-    """Call a script's `main` with the command line's words; problems the user can fix are told in one line."""
-    console = Console()
-    try:
-        main(sys.argv[1:], console)
-    except AlphaQError as error:
-        console.error(error.message, error.hint)
-        sys.exit(error.exit_code)

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import platformdirs
 from matplotlib.figure import Figure
+from results import describe_run, introduce, run, write_result
 from scipy.stats import rankdata
-from study import Reference, describe_run, digest_of, introduce, run, write_plot, write_result
+from study import Reference, digest_of, write_plot
 
 from alphaq_gguf.calibration import Calibration
 from alphaq_gguf.calibration.data import WHOLE
@@ -333,7 +334,8 @@ def main(words: Sequence[str], console: Console) -> None:
         for (bid, xid), found in sensitivity.items()
     ]
     result = {
-        **describe_run("study_sensitivity.py", words, source),
+        **describe_run("study_sensitivity.py", words, "alphaq-gguf", "llama-cpp-python"),
+        "model": source.name,
         "qtype": arguments.qtype.name,
         "ctx": arguments.ctx,
         "n_experts": n_experts,

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import platformdirs
 from matplotlib.figure import Figure
-from study import Reference, describe_run, digest_of, introduce, run, write_plot, write_result
+from results import describe_run, introduce, run, write_result
+from study import Reference, digest_of, write_plot
 
 from alphaq_gguf.budget import ROUTING_MASSES
 from alphaq_gguf.calibration.imatrix import ImportanceMatrix, open_importance
@@ -215,7 +216,8 @@ def main(words: Sequence[str], console: Console) -> None:
         )
     ]
     known = read_rows(arguments.output.with_name(arguments.output.name + ".json"), settings)
-    result = {**describe_run("study_strategies.py", words, source), "settings": settings, "rows": []}
+    made = describe_run("study_strategies.py", words, "alphaq-gguf", "llama-cpp-python")
+    result = {**made, "model": source.name, "settings": settings, "rows": []}
     floats: Row = {"strategy": "f32", "bpw": 32.0}
     done = {key_of(row): known[key_of(row)] for row in (floats, *asked) if key_of(row) in known}
     with tempfile.TemporaryDirectory() as scratch:

@@ -35,6 +35,13 @@ def weight_name(bid: int, xid: int, proj: str) -> str:
     return f"model.layers.{bid}.mlp.experts.{xid}.{proj}_proj.weight"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared() -> None:
+    """What the studies import lies beside them."""
+    for name in ("results", "study"):
+        load_tool(name)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, one expert of which is all zeros."""
@@ -83,7 +90,6 @@ def imatrix(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def study(model: Path, text: Path, cache_dir: Path) -> Callable[..., dict]:
     """Run a study on the model and return what it wrote to RESULT.json."""
-    load_tool("study")
     tools = {name: load_tool(f"study_{name}") for name in ("sensitivity", "strategies")}
 
     def run(name: str, output: Path, *options: object) -> dict:

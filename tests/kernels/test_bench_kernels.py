@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from oracles import load_tool
 
 from alphaq_gguf.console import Console
 from alphaq_gguf.errors import AlphaQError, UsageError
@@ -21,14 +20,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "bench_kernels.py"
-    spec = importlib.util.spec_from_file_location("bench_kernels", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up here.
-    sys.modules["bench_kernels"] = module
-    spec.loader.exec_module(module)
-    return module
+    load_tool("results")
+    return load_tool("bench_kernels")
 
 
 def test_random_blocks_are_sane_weights(bench: ModuleType):
