@@ -14,7 +14,7 @@ import numpy as np
 from ..checkpoint import Source
 from ..errors import AlphaQError
 from ..evaluate.llama import LlamaModel
-from ..evaluate.watch import Tensor, Watch
+from ..evaluate.watch import Tensor, Watch, weights_name
 from ..reporter import Reporter, Silent
 from ..writer import replacing
 from .statistics import LayerSums, TokenSample
@@ -23,8 +23,6 @@ from .statistics import LayerSums, TokenSample
 _GATES = re.compile(r"ffn_moe_weights(_softmax|_norm|_scaled)?-(\d+)$")
 # Block inputs times gate weights, by which some architectures weigh experts' inputs instead of their outputs.
 _WEIGHTED = "ffn_moe_weighted-"
-# llama.cpp's scheduler names its copies of weights DEVICE#NAME#NUMBER.
-_COPY = re.compile(r"[^#]*#(.*)#\d+$")
 _SAVE_EVERY_S = 60
 # Of large models the sums have gigabytes: saving takes no more than this share of the time.
 _SAVE_SHARE = 0.05
@@ -162,7 +160,7 @@ class _Collector:
 
     def wants(self, tensor: Tensor) -> bool:
         if tensor.op == "MUL_MAT_ID":
-            return _stack_name(tensor) in self.stacks
+            return weights_name(tensor) in self.stacks
         match = None if self.counts_only else _GATES.match(tensor.name)
         return match is not None and int(match[2]) in self.layers
 
@@ -170,7 +168,7 @@ class _Collector:
         if match := _GATES.match(tensor.name):
             self._take_gates(self.layers[int(match[2])], match[1], tensor.array())
             return
-        stack = self.stacks[_stack_name(tensor)]
+        stack = self.stacks[weights_name(tensor)]
         layer = self.layers[stack.bid]
         _, inputs, ids = tensor.sources
         chosen = ids.array()[0, 0]
@@ -275,13 +273,6 @@ class _Collector:
             )
             for bid, layer in self.layers.items()
         }
-
-
-def _stack_name(tensor: Tensor) -> str:
-    """The weights that a MUL_MAT_ID multiplies with, by their name in the file."""
-    name = tensor.sources[0].name
-    match = _COPY.match(name)
-    return match[1] if match else name
 
 
 def _unscaled(inputs: np.ndarray, gates: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..encode import library_version
 from ..errors import AlphaQError
 from ..qtypes import QType, candidates
 from ..reporter import Reporter, Silent
+from ..text_windows import cut_texts
 from ..writer import check_output, replacing
 from .data import Calibration, LayerUsage
 from .experts import block_errors, unmodelled
@@ -75,12 +76,18 @@ def calibrate(
     engine: _PyTorch | _LlamaCpp = _LlamaCpp(source, threads, gpu_layers)
     if isinstance(source, HuggingFaceSource):
         engine = _PyTorch(source, device, settings.batch)
-    cut = [
-        _own(source, runnable(source, cache_dir, threads, reporter), settings, cache_dir, threads, reporter)
-        if text == OWN
-        else _windows(engine, Path(text), settings)
-        for text in texts
-    ]
+    max_windows = None if settings.max_tokens is None else max(1, settings.max_tokens // settings.n_ctx)
+    cut = cut_texts(
+        source,
+        engine,
+        texts,
+        settings.n_ctx,
+        max_windows,
+        seed=settings.seed,
+        cache_dir=cache_dir,
+        threads=threads,
+        reporter=reporter,
+    )
     windows, dataset_of = np.concatenate(cut), np.repeat(np.arange(len(cut)), [len(w) for w in cut])
     asked = {**asdict(settings), "types": None if settings.types is None else [q.name for q in settings.types]}
     key = _key(source, asked, windows.tobytes().hex(), dataset_of.tolist(), engine.name, library_version())
@@ -123,7 +130,16 @@ def own_usage(
     work_dir = cache_dir / f"own-usage-{key}"
     work_dir.mkdir(parents=True, exist_ok=True)
     with runnable(source, cache_dir, threads, reporter) as gguf:
-        windows = _own(source, nullcontext(gguf), settings, cache_dir, threads, reporter)
+        windows = own_windows(
+            source,
+            nullcontext(gguf),
+            OWN_TOKENS // settings.n_ctx,
+            settings.n_ctx,
+            seed=seed,
+            cache_dir=cache_dir,
+            threads=threads,
+            reporter=reporter,
+        )
         none = np.empty(0, dtype=np.int64)
         dataset_of = np.zeros(len(windows), dtype=np.int64)
         found = collect(
@@ -267,48 +283,6 @@ def _measure(
         sums[bid] = layer
         errors |= found
     return sums, errors
-
-
-def _windows(engine: _PyTorch | _LlamaCpp, path: Path, settings: CalibrationSettings) -> np.ndarray:
-    """A text file as windows of tokens, int64 [n, n_ctx]."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise AlphaQError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise AlphaQError(f"{path}: no UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not text.strip():
-        raise AlphaQError(f"{path}: an empty text", "give text that is like what the model will be used for")
-    windows = engine.windows(text, settings.n_ctx)
-    if settings.max_tokens is not None:
-        windows = windows[: max(1, settings.max_tokens // settings.n_ctx)]
-    if not windows:
-        raise AlphaQError(
-            f"{path}: too short: less than one window of {settings.n_ctx} tokens", "give more text, or a smaller --ctx"
-        )
-    return np.array(windows, dtype=np.int64)
-
-
-def _own(
-    source: Source,
-    running: AbstractContextManager[Path],
-    settings: CalibrationSettings,
-    cache_dir: Path,
-    threads: int,
-    reporter: Reporter,
-) -> np.ndarray:
-    """The model's own text."""
-    n_windows = max(1, (settings.max_tokens or OWN_TOKENS) // settings.n_ctx)
-    return own_windows(
-        source,
-        running,
-        n_windows,
-        settings.n_ctx,
-        seed=settings.seed,
-        cache_dir=cache_dir,
-        threads=threads,
-        reporter=reporter,
-    )
 
 
 def _draw(n_tokens: int, size: int, seed: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Container, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,12 +10,11 @@ import numpy as np
 import torch
 
 from ..checkpoint.huggingface import HuggingFaceSource
-from ..errors import OutputError
+from ..evaluate.layer_pass import LayerPass
 from ..evaluate.layerwise import LayerwiseModel
 from ..prefetch import prefetch
 from ..reporter import Reporter
 from ..routing import Router, Routing, read_routers, route
-from ..writer import write_atomically
 from .experts import LayerExperts
 from .statistics import LayerSums, TokenSample
 
@@ -48,43 +46,12 @@ def collect(
     if not wanted:
         return
     routers = read_routers(source)
-    state = work_dir / "finished-layers"
-    finished = int(state.read_text(encoding="utf-8")) if state.is_file() else None
-    *hidden, inputs = _open_files(work_dir, (*windows.shape, model.width), finished is None)
-    if finished is None:
-        reporter.note(f"Running {source.label} layer by layer, {windows.size:,} tokens through each")
-        model.embed(windows, hidden[0])
-        finished = _finish(state, 0, hidden[0])
-    for bid in range(finished, wanted[-1] + 1):
-        before, after = hidden[bid % 2], hidden[(bid + 1) % 2]
-        with reporter.task(f"Layer {bid} of {model.n_layers}", windows.size, "tokens") as advance:
-            model.run_layer(bid, before, after, inputs if bid in wanted else None, batch, advance)
+    passing = LayerPass(model, windows, work_dir, batch=batch, reporter=reporter, keep_inputs=True)
+    owners = np.repeat(dataset_of, windows.shape[1])
+    for bid in passing.run(wanted[-1] + 1, inputs_of=wanted):
         if bid in wanted:
-            rows = inputs.reshape(-1, model.width)
-            owners = np.repeat(dataset_of, windows.shape[1])
+            rows = passing.inputs.reshape(-1, model.width)
             yield bid, *_gather(source, model.device, bid, routers[bid], rows, owners, n_datasets, sample, reporter)
-        _finish(state, bid + 1, after)
-
-
-def _open_files(work_dir: Path, shape: tuple[int, ...], new: bool) -> list[np.memmap]:
-    """Float32 arrays on the disk: what a layer reads and what it writes, in turns, and what its experts read."""
-    names = ("hidden-0", "hidden-1", "expert-inputs")
-    need, free = len(names) * 4 * int(np.prod(shape)), shutil.disk_usage(work_dir).free
-    # A mapped file that outgrows its disk would end the process.
-    if new and need > free:
-        raise OutputError(
-            f"{work_dir}: disk full: hidden states take {need:,} bytes, {free:,} are free",
-            "give fewer tokens, or another --cache-dir",
-        )
-    mode = "w+" if new else "r+"
-    return [np.lib.format.open_memmap(work_dir / f"{n}.npy", mode, np.dtype(np.float32), shape) for n in names]
-
-
-def _finish(state: Path, n_layers: int, output: np.memmap) -> int:
-    """Note that so many layers are finished, and their output is on the disk."""
-    output.flush()
-    write_atomically(state, str(n_layers))
-    return n_layers
 
 
 @torch.inference_mode()

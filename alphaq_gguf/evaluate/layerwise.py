@@ -89,6 +89,11 @@ class LayerwiseModel:
         """Whether layer `bid` is one of a mixture of experts."""
         return _expert_block(self._decoder.layers[bid]) is not None
 
+    def n_used(self, bid: int) -> int:
+        """How many experts the router of layer `bid` chooses for a token, 0 where there is none."""
+        block = _expert_block(self._decoder.layers[bid])
+        return 0 if block is None else _router(block).top_k
+
     def embed(self, windows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """What the first layer is given for token ids [n, n_ctx]: float32 [n, n_ctx, width], in `out` if given."""
         if out is None:
@@ -109,19 +114,27 @@ class LayerwiseModel:
         moe_inputs: np.ndarray | None = None,
         batch: int = 1,
         advance: Callable[[int], None] = lambda amount: None,
+        chosen: np.ndarray | None = None,
     ) -> None:
         """Write to `out` what layer `bid` makes of `hidden`, `batch` windows at a time; `advance` is told of tokens.
 
         All arrays are float32 [n, n_ctx, width], and may be mapped files. `moe_inputs` gets what the layer's
-        experts and router are given, if it has any. WeightError when an output is NaN or infinite.
+        experts and router are given, if it has any, and `chosen` [n, n_ctx, n_used] the experts that its router sends
+        tokens to, in no order. WeightError when an output is NaN or infinite.
         """
         seen: list[torch.Tensor] = []
+        sent: list[torch.Tensor] = []
+
+        def note(router: nn.Module, _: Any, output: tuple[torch.Tensor, ...]) -> None:
+            sent.append(_chosen(router, output))
+
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             layer = stack.enter_context(self._loaded(f"model.layers.{bid}"))
             block = _expert_block(layer)
             if block is not None:
                 stack.enter_context(block.register_forward_pre_hook(lambda _, given: seen.append(given[0])))
+                stack.enter_context(_router(block).register_forward_hook(note))
             arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
             for start in range(0, len(hidden), batch):
                 rows = slice(start, start + batch)
@@ -139,18 +152,25 @@ class LayerwiseModel:
                 out[rows] = y.cpu().numpy()
                 if seen and moe_inputs is not None:
                     moe_inputs[rows] = seen[0].reshape(x.shape).cpu().numpy()
+                if sent and chosen is not None:
+                    chosen[rows] = sent[0].reshape(*x.shape[:2], -1).cpu().numpy()
                 seen.clear()
+                sent.clear()
                 advance(x.shape[0] * x.shape[1])
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits for the last layer's outputs [n, n_ctx, width], float32 [n, n_ctx, n_vocab]."""
-        rows = []
-        with torch.no_grad(), self._loaded(_HEAD):
+        return np.stack([*self.each_logits(hidden)])
+
+    @torch.no_grad()
+    def each_logits(self, hidden: np.ndarray) -> Iterator[np.ndarray]:
+        """The same window by window, each float32 [n_ctx, n_vocab], with the head in memory until the last."""
+        with self._loaded(_HEAD):
             for window in hidden:
                 x = torch.from_numpy(np.array(window)[None]).to(self.device)
                 with self._recording(output=x):
-                    rows.append(self._model(inputs_embeds=x, use_cache=False).logits[0].cpu().numpy())
-        return np.stack(rows)
+                    logits = self._model(inputs_embeds=x, use_cache=False).logits[0].cpu().numpy()
+                yield logits
 
     def _arguments(self, bid: int, x: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the decoder gives layer `bid` beside hidden states shaped as `x`: masks, positions and the like."""
@@ -250,3 +270,15 @@ _OTHER_WAY = "convert the checkpoint to a float GGUF and give that instead"
 def _expert_block(layer: nn.Module) -> nn.Module | None:
     """The module of a layer that holds its router and its experts."""
     return next((module for module in layer.modules() if "experts" in dict(module.named_children())), None)
+
+
+def _router(block: nn.Module) -> Any:
+    """The router of an expert block."""
+    children = dict(block.named_children())
+    return children["router" if "router" in children else "gate"]
+
+
+def _chosen(router: Any, output: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Which experts a router's output names: it holds their numbers, or nothing but scores and logits of all."""
+    numbers = next((part for part in output if not part.is_floating_point()), None)
+    return output[-1].topk(router.top_k, dim=-1).indices if numbers is None else numbers

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,14 +79,14 @@ class _WithVocabulary:
 
 
 class LlamaVocabulary(_WithVocabulary):
-    """llama.cpp's tokenizer of a GGUF, which need not hold weights."""
+    """llama.cpp's tokenizer of a GGUF, which need not hold weights. AlphaQError for a file without one."""
 
     def __init__(self, path: Path) -> None:
         import llama_cpp
 
         # llama-cpp-python's own log callback fails on the cut-off tokens that llama.cpp prints.
-        _collect_errors()
-        self.llm = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        with _one_line_errors(path):
+            self.llm = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
         self.path = path
 
     @classmethod
@@ -101,10 +101,11 @@ class LlamaVocabulary(_WithVocabulary):
 class LlamaModel(_WithVocabulary):
     """A GGUF loaded by llama.cpp on the CPU (or `gpu_layers` of it on a GPU).
 
-    `exact` selects the numerical protocol for comparisons with float references: f32 KV cache, no
-    flash attention. Without `all_logits` it runs as llama-cli does: flash attention, and no more of the
-    KV cache than sliding windows need. `n_sequences` can be drawn side by side, of `n_ctx` tokens each. `watch` sees
-    the tensors that it computes, of all tokens in the last layer too only with `all_logits`. AlphaQError carries
+    It runs as llama.cpp's programs do by default, with flash attention and a KV cache of 16 bits; `exact` selects the
+    numerical protocol for comparisons with float references: f32 KV cache, no flash attention. Without `all_logits`
+    there is no more of the KV cache than sliding windows need; `repack` lets it rearrange weights for the processor, as
+    its programs do too. `n_sequences` can be drawn side by side, of `n_ctx` tokens each. `watch` sees the tensors that
+    it computes, of all tokens in the last layer too only with `all_logits`. AlphaQError carries
     llama.cpp's own reason when the file does not load.
     """
 
@@ -119,32 +120,28 @@ class LlamaModel(_WithVocabulary):
         gpu_layers: int = 0,
         seed: int = 0,
         n_sequences: int = 1,
+        repack: bool = False,
         watch: Watch | None = None,
     ) -> None:
         import llama_cpp
 
-        errors = _collect_errors()
-        errors.clear()
         kv_type: dict[str, Any] = {"type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32} if exact else {}
-        try:
-            with _weights_as_stored(), _context_defaults(watch, n_sequences):
-                self.llm = llama_cpp.Llama(
-                    str(path),
-                    n_ctx=n_ctx * n_sequences,
-                    n_batch=min(n_ctx, 512),
-                    n_threads=threads,
-                    n_threads_batch=threads,
-                    logits_all=all_logits,
-                    n_gpu_layers=gpu_layers,
-                    flash_attn=not all_logits,
-                    swa_full=all_logits,
-                    seed=seed,
-                    verbose=False,
-                    **kv_type,
-                )
-        except (ValueError, AssertionError) as error:
-            reasons = [line for line in errors if "failed to load model" not in line] or [str(error)]
-            raise AlphaQError(f"{path}: llama.cpp cannot load it: {reasons[0]}") from None
+        placing = nullcontext() if repack else _weights_as_stored()
+        with _one_line_errors(path), placing, _context_defaults(watch, n_sequences):
+            self.llm = llama_cpp.Llama(
+                str(path),
+                n_ctx=n_ctx * n_sequences,
+                n_batch=min(n_ctx, 512),
+                n_threads=threads,
+                n_threads_batch=threads,
+                logits_all=all_logits,
+                n_gpu_layers=gpu_layers,
+                flash_attn=not exact,
+                swa_full=all_logits,
+                seed=seed,
+                verbose=False,
+                **kv_type,
+            )
         self.path = path
         # llama.cpp keeps the bare pointer of its callback: it must not be collected.
         self._watch = watch
@@ -235,6 +232,18 @@ class LlamaModel(_WithVocabulary):
             stream = self.llm.create_completion(prompt, max_tokens=max_tokens, temperature=temperature, stream=True)
             for chunk in stream:
                 yield chunk["choices"][0]["text"]
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """AlphaQError with llama.cpp's own reason when a file does not load in the block."""
+    errors = _collect_errors()
+    errors.clear()
+    try:
+        yield
+    except (ValueError, AssertionError) as error:
+        reasons = [line for line in errors if "failed to load model" not in line] or [str(error)]
+        raise AlphaQError(f"{path}: llama.cpp cannot load it: {reasons[0]}") from None
 
 
 def _weights_as_stored() -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -14,6 +15,9 @@ from ..errors import AlphaQError
 
 _DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 26: np.dtype(np.int32)}
 """Of the ggml types whose values are numbers one by one."""
+
+# llama.cpp's scheduler names its copies of weights DEVICE#NAME#NUMBER.
+_COPY = re.compile(r"[^#]*#(.*)#\d+$")
 
 
 class _Fields(ctypes.Structure):
@@ -65,6 +69,13 @@ class Tensor:
         data = np.empty(_library().ggml_nbytes(self._address), dtype=np.uint8)
         _library().ggml_backend_tensor_get(self._address, data.ctypes.data, 0, data.size)
         return np.ndarray(self._fields.ne[::-1], dtype, data, strides=self._fields.nb[::-1])
+
+
+def weights_name(product: Tensor) -> str:
+    """The weights that a MUL_MAT_ID multiplies with, by their name in the file."""
+    name = product.sources[0].name
+    match = _COPY.match(name)
+    return match[1] if match else name
 
 
 class Watch:
