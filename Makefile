@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml
 	@echo "== Installing PyTorch ($(TORCH))"
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
 	@echo "== Installing alphaq-gguf. The first time llama-cpp-python is compiled: about 5 minutes without output."
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,torch-path,dev,study]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,torch-path,dev,report,eval]'
 	touch $@
 
 demo: setup

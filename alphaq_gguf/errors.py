@@ -45,3 +45,9 @@ class UsageError(AlphaQError):
     """An option's value makes no sense; exits with the usage code."""
 
     exit_code = 2
+
+
+class ThresholdError(AlphaQError):
+    """A file misses a bound that the user set; exits with a code of its own, for use in scripts."""
+
+    exit_code = 3

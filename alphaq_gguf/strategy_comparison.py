@@ -42,7 +42,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class StrategyComparison:
     """`correlations`: Spearman's of bits per unit by pair of strategies, None where one of them is constant."""
 
     results: tuple[Result, ...]
@@ -59,7 +59,7 @@ def compare_strategies(
     device: str = "cpu",
     threads: int = 1,
     reporter: Reporter | None = None,
-) -> Comparison:
+) -> StrategyComparison:
     """Let every strategy spend the same budget on `source`; `settings.strategy` is not looked at.
 
     BudgetError when nothing fits the budget.
@@ -107,7 +107,7 @@ def compare_strategies(
         results.append(_result(name, problem, choice))
         bits[name] = np.array([bpw(problem.qtypes[int(t)]) for t in choice])
     pairs = {(a, b): _correlate(bits[a], bits[b]) for a in bits for b in bits}
-    return Comparison(tuple(results), pairs)
+    return StrategyComparison(tuple(results), pairs)
 
 
 def _result(name: str, problem: Problem, choice: np.ndarray) -> Result:
@@ -128,7 +128,7 @@ def _correlate(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
 
-def to_plain(comparison: Comparison) -> dict[str, Any]:
+def to_plain(comparison: StrategyComparison) -> dict[str, Any]:
     """The comparison as plain values."""
     return {
         "strategies": [result.__dict__ for result in comparison.results],

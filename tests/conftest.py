@@ -64,7 +64,10 @@ def cli(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tu
 
     def run(*arguments: object) -> tuple[int, str, str]:
         texts = [str(argument) for argument in arguments]
-        if texts[0] in ("convert", "alphas", "allocate", "calibrate") and "--cache-dir" not in texts:
+        if (
+            texts[0] in ("convert", "alphas", "allocate", "calibrate", "compare", "sweep")
+            and "--cache-dir" not in texts
+        ):
             texts += ["--cache-dir", str(cache_dir)]
         capsys.readouterr()
         code = main(texts)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ..comparison import compare_strategies, to_plain
 from ..errors import UsageError
 from ..pipeline import allocate
 from ..recipe import save_recipe, tensor_type_lines, to_json
+from ..strategy_comparison import compare_strategies, to_plain
 from ..writer import check_output, replacing, write_atomically
 from .allocation_options import ALL_STRATEGIES, AlphaOptions, BudgetOptions
 from .options import EncodingOptions, OutputOptions, SourceOptions, grouped

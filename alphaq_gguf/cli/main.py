@@ -13,10 +13,10 @@ import typer
 from .. import __version__
 from ..console import Console
 from ..errors import AlphaQError, ConnectionLostError
-from . import allocate, alphas, calibrate, convert, inspect, paper, plan, run, strategies
+from . import allocate, alphas, calibrate, compare, convert, inspect, paper, plan, run, strategies, sweep
 
 INTERRUPTED = 130
-COMMANDS = (convert, plan, alphas, allocate, calibrate, strategies, paper, inspect, run)
+COMMANDS = (convert, plan, alphas, allocate, calibrate, strategies, paper, inspect, run, compare, sweep)
 
 app = typer.Typer(
     name="alphaq-gguf",
@@ -47,7 +47,7 @@ for module in COMMANDS:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 ok, 1 failure, 2 usage, 130 interrupted."""
+    """Run the command line; returns the exit code: 0 ok, 1 failure, 2 usage, 3 a bound was missed, 130 interrupted."""
     try:
         code = app(args=None if argv is None else list(argv), standalone_mode=False)
     except AlphaQError as error:

@@ -139,11 +139,14 @@ class MachineOptions:
     def n_threads(self) -> int:
         return self.threads or os.cpu_count() or 1
 
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or Path(platformdirs.user_cache_dir("alphaq-gguf"))
+
     def measuring(self) -> dict[str, Any]:
         """The arguments of the pipeline's measuring stages; UsageError when torch lacks the device or its float64."""
         self.check_device()
-        cache_dir = self.cache_dir or Path(platformdirs.user_cache_dir("alphaq-gguf"))
-        return {"device": self.device, "threads": self.n_threads, "cache_dir": cache_dir}
+        return {"device": self.device, "threads": self.n_threads, "cache_dir": self.cache_path}
 
     def check_device(self) -> None:
         """UsageError when torch lacks the device or its float64."""

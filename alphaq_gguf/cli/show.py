@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from ..comparison import Comparison
 from ..console import Console, format_count
 from ..qtypes import QType, bpw
 from ..recipe import Recipe
+from ..strategy_comparison import StrategyComparison
 
 # Gap below which an allocation is called optimal.
 _PROVEN = 1e-8
@@ -68,7 +68,7 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
         console.result(f"Memory to run it at a context of {ctx}: {need}")
 
 
-def show_comparison(console: Console, comparison: Comparison) -> None:
+def show_comparison(console: Console, comparison: StrategyComparison) -> None:
     """A row a strategy, then how much their choices agree."""
     known = [result for result in comparison.results if result.types is not None]
     names = {name for result in known for name in result.types or {}}

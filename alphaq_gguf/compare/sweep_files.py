@@ -1,0 +1,198 @@
+"""What a sweep makes of a model: which files, and each of them when it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from ..allocation import TOOL
+from ..calibration.imatrix import open_importance
+from ..calibration.store import load_calibration
+from ..checkpoint import Source
+from ..checkpoint.huggingface import HuggingFaceSource
+from ..encode import Encoder, library_version
+from ..errors import AlphaQError, UsageError
+from ..pipeline import AllocationSettings, allocate, convert
+from ..recipe import save_recipe
+from ..reporter import Reporter
+from ..strategies import STRATEGIES
+from ..tensor_types import choose_types
+from ..writer import replacing
+from .presets import check_presets, float_file, write_preset
+
+_INPUTS = ("calibration", "imatrix", "initial_router")
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is made of a model.
+
+    Each of `strategies` spends each of `bpws`, bits per expert weight, and with `sizes_of_presets` as many bytes as the
+    file of each preset takes. `presets` are some of PRESETS. `allocation` is what all have in common: its budget and
+    its strategy are not looked at, and presets heed its `overrides` and `imatrix` only.
+    """
+
+    strategies: tuple[str, ...] = ("alphaq",)
+    bpws: tuple[float, ...] = ()
+    presets: tuple[str, ...] = ()
+    sizes_of_presets: bool = False
+    allocation: AllocationSettings = field(default_factory=AllocationSettings)
+
+    def check(self, source: Source) -> None:
+        """UsageError for what makes no sense for `source`, AlphaQError for files that are not of it."""
+        check_presets(self.presets)
+        for name in self.strategies:
+            if name not in STRATEGIES:
+                raise UsageError(f"strategy {name!r}: unknown", f"one of {', '.join(STRATEGIES)}")
+        for bpw in self.bpws:
+            if not 0 < bpw < math.inf:
+                raise UsageError(
+                    f"a budget of {bpw:g} bits per expert weight makes no sense", "for example 2.6,3,3.5,4"
+                )
+        if self.sizes_of_presets and not self.presets:
+            raise UsageError("there are no presets to take sizes from", "name some, for example Q2_K,Q3_K_M,Q4_K_M")
+        if not self.presets and not (self.bpws and self.strategies):
+            raise UsageError(
+                "nothing to compare", "give budgets, for example --bpw 3,3.5,4, or --presets Q3_K_M,Q4_K_M"
+            )
+        common = self.allocation
+        if common.granularity != "stack" and not isinstance(source, HuggingFaceSource):
+            raise UsageError(
+                f"{source.label}: with a type per expert a model runs in PyTorch, from a Hugging Face directory",
+                "give that, or use --granularity stack",
+            )
+        choose_types(source, common.overrides)
+        if common.imatrix is not None:
+            open_importance(common.imatrix, source)
+        if common.calibration is not None:
+            load_calibration(common.calibration, source)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file to make: llama.cpp's by a preset, or ours by an allocation, in which `size_of` may name a preset."""
+
+    name: str
+    origin: str
+    preset: str = ""
+    allocation: AllocationSettings | None = None
+    size_of: str = ""
+
+    @property
+    def file_name(self) -> str:
+        is_file = self.allocation is None or self.allocation.granularity == "stack"
+        return f"{self.name}.{'gguf' if is_file else 'json'}"
+
+
+def plan_rows(settings: SweepSettings) -> list[Row]:
+    """All files, presets first, since others may have to be of their size."""
+    common = settings.allocation
+    presets, strategies = dict.fromkeys(settings.presets), dict.fromkeys(settings.strategies)
+    rows = [Row(f"preset-{preset}", f"preset {preset}", preset) for preset in presets]
+    for bpw in dict.fromkeys(settings.bpws):
+        for name in strategies:
+            allocation = replace(common, strategy=name, bpw=bpw, size_bytes=None, fit_bytes=None)
+            rows.append(Row(f"{name}-{bpw:.10g}bpw", name, allocation=allocation))
+    for preset in presets if settings.sizes_of_presets else ():
+        for name in strategies:
+            # The size is not known yet.
+            allocation = replace(common, strategy=name, bpw=None, size_bytes=0, fit_bytes=None)
+            rows.append(Row(f"{name}-as-{preset}", name, allocation=allocation, size_of=f"preset-{preset}"))
+    return rows
+
+
+class Maker:
+    """Makes files of `source`, with what they have in common; leaving it removes what is temporary."""
+
+    def __init__(
+        self,
+        source: Source,
+        common: AllocationSettings,
+        encoder: Encoder,
+        device: str,
+        threads: int,
+        cache_dir: Path,
+        reporter: Reporter,
+    ) -> None:
+        self.source = source
+        self.cache_dir = cache_dir
+        self._common = common
+        self._encoder = encoder
+        self._device = device
+        self._threads = threads
+        self._reporter = reporter
+        self._stack = ExitStack()
+        self._inputs = {name: _digest_file(getattr(common, name)) for name in _INPUTS}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def identity(self, row: Row) -> Any:
+        """All that the bytes of a file depend on, as plain values."""
+        if row.allocation is None:
+            chosen = [row.preset, self._common.overrides, self._inputs["imatrix"]]
+        else:
+            chosen = [asdict(row.allocation) | self._inputs, self._encoder.name, self._encoder.version]
+        return [TOOL, library_version(), self.source.fingerprint, chosen]
+
+    def make(self, row: Row, out: Path) -> None:
+        """Write the file; AlphaQError when it cannot be made."""
+        if row.allocation is None:
+            write_preset(
+                self._floats,
+                row.preset,
+                out,
+                threads=self._threads,
+                overrides=self._common.overrides,
+                imatrix=self._common.imatrix,
+                reporter=self._reporter,
+            )
+            return
+        recipe = allocate(
+            self.source,
+            row.allocation,
+            cache_dir=self.cache_dir,
+            encoder=self._encoder,
+            device=self._device,
+            threads=self._threads,
+            reporter=self._reporter,
+        )
+        if row.allocation.granularity != "stack":
+            with replacing(out) as temporary:
+                save_recipe(recipe, temporary)
+            return
+        imatrix = None if row.allocation.imatrix is None else open_importance(row.allocation.imatrix, self.source)
+        convert(
+            self.source,
+            recipe,
+            out,
+            imatrix=imatrix,
+            encoder=self._encoder,
+            threads=self._threads,
+            reporter=self._reporter,
+        )
+
+    @cached_property
+    def _floats(self) -> Path:
+        """What presets are made from, written once and gone when the sweep ends."""
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        return self._stack.enter_context(float_file(self.source, self.cache_dir, self._reporter))
+
+
+def _digest_file(path: Path | None) -> str | None:
+    """A sha256 of a file that allocations read; AlphaQError when it cannot be read."""
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise AlphaQError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,80 @@
+"""What files are held against each other by, and which of them no other beats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..compare.data import Comparison, Evaluation
+from ..evaluate.metrics import Estimate
+from .wording import ENGINES, short_names
+
+# Standard errors of a difference beyond which it counts as one.
+_ERRORS = 2
+
+
+def chosen(comparison: Comparison) -> dict[str, Evaluation]:
+    """By file, in order, the evaluation that figures and words go by: in llama.cpp if there is one with a KLD."""
+    found: dict[str, Evaluation] = {}
+    for candidate in comparison.candidates:
+        by_engine = {e.engine: e for e in comparison.evaluations if e.file == candidate.name and is_finite(e)}
+        for engine in ENGINES:
+            if engine in by_engine:
+                found.setdefault(candidate.name, by_engine[engine])
+    return found
+
+
+def is_finite(evaluation: Evaluation) -> bool:
+    """Whether its KLD is a number; a broken file's is none."""
+    return math.isfinite(evaluation.divergence.kld.value)
+
+
+def kld_of(comparison: Comparison) -> dict[str, Estimate]:
+    """The mean KLD by file."""
+    return {name: evaluation.divergence.kld for name, evaluation in chosen(comparison).items()}
+
+
+def pareto(comparison: Comparison) -> list[str]:
+    """Files that no other beats in both size and KLD, smallest first."""
+    kld = kld_of(comparison)
+    size = {name: comparison.candidate(name).n_bytes for name in kld}
+    front = [name for name in kld if not any(beats(size, kld, other, name) for other in kld)]
+    return sorted(front, key=lambda name: (size[name], kld[name].value))
+
+
+def beats(size: dict[str, int], kld: dict[str, Estimate], one: str, other: str) -> bool:
+    """Whether file `one` is no worse than `other` in both, and better in one of them."""
+    mine, its = (size[one], kld[one].value), (size[other], kld[other].value)
+    return mine[0] <= its[0] and mine[1] <= its[1] and mine != its
+
+
+def differs(one: Estimate, other: Estimate) -> bool:
+    """Whether the two lie more than twice the standard error of their difference apart."""
+    return abs(one.value - other.value) > _ERRORS * math.hypot(one.standard_error, other.standard_error)
+
+
+def router_agreement(routers: dict[int, float]) -> tuple[float, int, float] | None:
+    """Mean over layers, the worst layer, and its share."""
+    if not routers:
+        return None
+    worst = min(routers, key=lambda layer: routers[layer])
+    return sum(routers.values()) / len(routers), worst, routers[worst]
+
+
+def with_short_names(comparison: Comparison) -> Comparison:
+    """The same with files called by what tells them apart, for words and labels."""
+    files = [candidate.name for candidate in comparison.candidates]
+    short = dict(zip(files, short_names(files), strict=True))
+
+    def renamed(items: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(replace(item, file=short.get(item.file, item.file)) for item in items)
+
+    return replace(
+        comparison,
+        candidates=tuple(replace(c, name=short[c.name]) for c in comparison.candidates),
+        evaluations=renamed(comparison.evaluations),
+        cross=renamed(comparison.cross),
+        tasks=renamed(comparison.tasks),
+    )

@@ -1,0 +1,243 @@
+"""What a comparison found, in plain words that follow from its figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..compare.data import Comparison
+from ..evaluate.metrics import Estimate
+from .ranking import beats, chosen, differs, is_finite, kld_of, pareto, router_agreement
+from .wording import ENGINES, count, estimate, in_bytes, listed, number, percent, short_names
+
+# Files whose sizes differ by no more are held against each other as equals.
+_EQUAL_SIZE = 0.01
+# An engine whose mean KLD from another is below this share of the file's own agrees with it.
+_AGREES = 0.1
+_VERDICT_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer of the summary; `title` is the question's subject."""
+
+    title: str
+    text: str
+
+
+def summarise(comparison: Comparison) -> list[Finding]:
+    """All that the figures allow to say, the most important first."""
+    if not chosen(comparison):
+        return [Finding("Nothing to compare", "No file has a KLD; see the failures below.")]
+    makers = (_choice, _certainty, _meaning, _alphaq, _routers, _engines, _speed, _broken)
+    return [finding for make in makers if (finding := make(comparison))]
+
+
+def verdict(comparison: Comparison) -> str:
+    """The summary in one line of at most 160 characters."""
+    kld, front = kld_of(comparison), pareto(comparison)
+    if not front:
+        return "no file could be judged"
+    best = front[-1]
+    top1 = percent(1 - chosen(comparison)[best].divergence.top1.value)
+    size = {name: in_bytes(comparison.candidate(name).n_bytes) for name in front}
+    line = "{}" + (f" is nearest of {len(kld)}" if len(kld) > 1 else "")
+    line += f": KLD {number(kld[best].value)} (top token changes in {top1} of places) at {size[best]}"
+    named = [best]
+    if len(front) > 1:
+        alike = [name for name in front[:-1] if not differs(kld[name], kld[best])]
+        named.append(alike[0] if alike else front[0])
+        of_other = size[named[1]]
+        line += (
+            f"; {{}} is as near within the error at {of_other}" if alike else f"; {{}} is smallest: {of_other}, KLD "
+        )
+        line += "" if alike else number(kld[named[1]].value)
+    room = _VERDICT_WIDTH - len(line.format(*[""] * len(named)))
+    if sum(map(len, named)) > room:
+        files = list(kld)
+        shorts = dict(zip(files, short_names(files, room // len(named)), strict=True))
+        named = [shorts[name] for name in named]
+    return line.format(*named)
+
+
+def _choice(comparison: Comparison) -> Finding:
+    kld, front = kld_of(comparison), pareto(comparison)
+    size = {name: comparison.candidate(name).n_bytes for name in kld}
+    told = [f"{name} ({in_bytes(size[name])}, KLD {number(kld[name].value)})" for name in front]
+    if len(kld) == 1:
+        return Finding("One file", f"{told[0]} is held against the reference alone; no other file was judged.")
+    if len(front) == len(kld):
+        first = (
+            f"Each of the {len(kld)} files is the best of its size: none is both smaller and nearer to the reference."
+        )
+    elif len(front) == 1:
+        first = f"Of {len(kld)} files, none is smaller than the best one, and none is nearer to the reference."
+    else:
+        first = f"{len(front)} of {len(kld)} files are worth choosing from: no other is both smaller and nearer."
+    # With many, the ends and the steps between them say enough; the table marks all.
+    text = f"{first} {'From the smallest: ' if len(front) > 1 else 'It is '}{listed(told, 8)}."
+    losers: dict[str, list[str]] = {}
+    for name in kld:
+        if name not in front:
+            by = min((other for other in front if beats(size, kld, other, name)), key=lambda n: kld[n].value)
+            losers.setdefault(by, []).append(name)
+    beaten = [f"{listed(names, 3)} by {by}" for by, names in losers.items()]
+    if beaten and len(front) > 1:
+        text += f" Beaten in both: {'; '.join(beaten[:3])}{'; and others' if len(beaten) > 3 else ''}."
+    return Finding("Which file", text)
+
+
+def _certainty(comparison: Comparison) -> Finding:
+    kld, front = kld_of(comparison), pareto(comparison)
+    n_scored = f"{comparison.text.n_scored:,} scored tokens"
+    if len(kld) == 1:
+        ((_, only),) = kld.items()
+        return Finding("How certain", f"The mean KLD is {estimate(only)}, from {n_scored}.")
+    size = {name: comparison.candidate(name).n_bytes for name in kld}
+    neighbours = list(pairwise(front))
+    alike = [(a, b) for a, b in neighbours if not differs(kld[a], kld[b])]
+    beaten = [name for name in kld if name not in front]
+    close = [
+        name
+        for name in beaten
+        if not any(beats(size, kld, other, name) and differs(kld[other], kld[name]) for other in kld)
+    ]
+    text = f"A difference counts where it exceeds twice its standard error, from {n_scored}. "
+    if not neighbours:
+        pass
+    elif not alike:
+        text += "Every step along the list above does. "
+    else:
+        pairs = [f"{a} and {b} ({estimate(kld[a])} and {estimate(kld[b])})" for a, b in alike]
+        text += f"Not told apart by KLD, so that the smaller is the better choice: {listed(pairs, 3)}. "
+    if close:
+        text += f"Larger than another file, but not measurably further from the reference: {listed(close, 4)}. "
+    elif beaten:
+        text += "Every file that is beaten is beaten by more than that. "
+    return Finding("How certain", text + "All files saw the same tokens, which makes this test a cautious one.")
+
+
+def _meaning(comparison: Comparison) -> Finding:
+    evaluations, own = chosen(comparison), comparison.reference.perplexity.value
+    order = sorted(evaluations, key=lambda name: evaluations[name].divergence.kld.value)
+    sentences = []
+    for name in dict.fromkeys((order[0], order[-1])):
+        found, perplexity = evaluations[name].divergence, evaluations[name].perplexity.value
+        sentences.append(
+            f"With {name} (KLD {number(found.kld.value)}) the probability of the true token changes by "
+            f"{number(found.rms_dp.value * 100)} percentage points (root mean square), the likeliest token is "
+            f"another one in {percent(1 - found.top1.value)} of places, and perplexity goes from {number(own, 4)} to "
+            f"{number(perplexity, 4)} ({round((perplexity / own - 1) * 100, 1) + 0.0:+.1f} %)."
+        )
+    return Finding("What the KLD means here", " ".join(sentences))
+
+
+def _alphaq(comparison: Comparison) -> Finding | None:
+    kld = kld_of(comparison)
+    mine = [name for name in kld if comparison.candidate(name).origin == "alphaq"]
+    if not mine or len(mine) == len(kld):
+        return None
+    results: dict[str, dict[str, list[tuple[float, str, str]]]] = {}
+    for name in mine:
+        for rival in kld:
+            if rival not in mine and (outcome := _duel(comparison, kld, name, rival)):
+                of_rival = results.setdefault(_family(comparison.candidate(rival).origin), {})
+                of_rival.setdefault(outcome, []).append((kld[name].value - kld[rival].value, name, rival))
+    if not results:
+        return Finding(
+            "AlphaQ against the others",
+            "No file has the size of an AlphaQ file (within 1 %), and none beats one in both size and KLD or is "
+            "beaten by one: they cannot be held against each other.",
+        )
+    parts = []
+    for family, outcomes in results.items():
+        counts = [f"{word} {len(outcomes[word])}" for word in ("loses", "wins", "ties") if word in outcomes]
+        pairs = count(sum(map(len, outcomes.values())), "pair")
+        parts.append(f"of {pairs} with {family} it {listed(counts)}")
+    text = (
+        f"Held against files of equal size (within 1 %), or where one is both smaller and nearer: {'; '.join(parts)}."
+    )
+    losses = sorted((loss for outcomes in results.values() for loss in outcomes.get("loses", [])), reverse=True)
+    if losses:
+        _, name, rival = losses[0]
+        text += (
+            f" The worst loss: {name} has KLD {number(kld[name].value)}, {rival} {number(kld[rival].value)} "
+            f"({in_bytes(comparison.candidate(name).n_bytes)} and {in_bytes(comparison.candidate(rival).n_bytes)})."
+        )
+    else:
+        text += " AlphaQ loses nowhere in this comparison."
+    return Finding("AlphaQ against the others", text)
+
+
+def _duel(comparison: Comparison, kld: dict[str, Estimate], name: str, rival: str) -> str | None:
+    """How the file `name` fares against `rival`; None where one is smaller and the other nearer."""
+    ratio = comparison.candidate(rival).n_bytes / comparison.candidate(name).n_bytes - 1
+    nearer = kld[name].value < kld[rival].value
+    if abs(ratio) <= _EQUAL_SIZE:
+        return ("wins" if nearer else "loses") if differs(kld[name], kld[rival]) else "ties"
+    if not differs(kld[name], kld[rival]) or nearer != (ratio > 0):
+        return None
+    return "wins" if nearer else "loses"
+
+
+def _family(origin: str) -> str:
+    return "llama.cpp's presets" if origin.startswith("preset ") else origin or "files of unknown origin"
+
+
+def _routers(comparison: Comparison) -> Finding:
+    found = {name: router_agreement(evaluation.routers) for name, evaluation in chosen(comparison).items()}
+    known = {name: agreement for name, agreement in found.items() if agreement}
+    if not known:
+        return Finding("Routers", "Which experts were chosen was not recorded, so nothing is known of the routers.")
+    order = sorted(known, key=lambda name: -known[name][0])
+    sentences = []
+    for name in dict.fromkeys((order[0], order[-1])):
+        mean, layer, least = known[name]
+        sentences.append(
+            f"In {name} routers choose the same experts as the reference for {percent(mean)} of tokens on average over "
+            f"layers, for {percent(least)} in layer {layer}, the worst."
+        )
+    return Finding("Routers", " ".join(sentences))
+
+
+def _engines(comparison: Comparison) -> Finding | None:
+    if not comparison.cross:
+        return None
+    kld = kld_of(comparison)
+    worst = max(comparison.cross, key=lambda cross: cross.kld.value)
+    engines = f"{ENGINES.get(worst.engine, worst.engine)} and {ENGINES.get(worst.other, worst.other)}"
+    apart = [c.file for c in comparison.cross if c.file in kld and c.kld.value > _AGREES * kld[c.file].value]
+    text = (
+        f"On the same bytes, engines are at most KLD {number(worst.kld.value)} apart ({engines} on {worst.file}, the "
+        f"same likeliest token in {percent(worst.top1.value)} of places)."
+    )
+    if not apart:
+        text += " That is less than a tenth of the file's distance from the reference, for every file."
+    else:
+        files = listed(list(dict.fromkeys(apart)), 4)
+        text += f" More than a tenth of the file's own KLD, so that the engine matters to the result: {files}."
+    return Finding("Engines", text)
+
+
+def _speed(comparison: Comparison) -> Finding | None:
+    timed = [(e.speed.decode, e) for e in comparison.evaluations if e.speed]
+    if len(timed) < 2:
+        return None
+    timed.sort(key=lambda pair: -pair[0].median)
+    rate, first = timed[0]
+    text = (
+        f"{first.file} in {ENGINES.get(first.engine, first.engine)} writes fastest: {number(rate.median)} tokens/s "
+        f"(median; {number(rate.least)} to {number(rate.most)})."
+    )
+    close = sum(other.most >= rate.least for other, _ in timed[1:])
+    others = count(len(timed) - 1, "other measurement")
+    return Finding("Speed", f"{text} The range of {close} of {others} overlaps with that.")
+
+
+def _broken(comparison: Comparison) -> Finding | None:
+    broken = [f"{e.file} in {ENGINES.get(e.engine, e.engine)}" for e in comparison.evaluations if not is_finite(e)]
+    failed = list(comparison.failures or {})
+    sentences = [f"Could not be judged: {listed(failed, 4)}."] if failed else []
+    if broken:
+        sentences.append(f"Gives no numbers (not finite): {listed(broken, 4)}.")
+    return Finding("What failed", " ".join(sentences)) if sentences else None
