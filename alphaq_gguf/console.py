@@ -31,7 +31,7 @@ def format_count(value: float, unit: str) -> str:
     elif unit == "weights":
         step, names = 1000.0, (unit, f"k {unit}", f"M {unit}", f"G {unit}", f"T {unit}")
     else:
-        return f"{value:.3g} {unit}"
+        return f"{value:,.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"
     power = 0
     while abs(value) >= step and power < len(names) - 1:
         value, power = value / step, power + 1

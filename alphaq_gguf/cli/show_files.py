@@ -44,7 +44,7 @@ def _show_engine(console: Console, comparison: Comparison, title: str, rows: Seq
     cells = [
         [
             shorten(e.file, _NAME_WIDTH),
-            f"{sizes[e.file] / 2**20:.4g}",
+            mebibytes(sizes[e.file]),
             f"{comparison.candidate(e.file).bpw:.2f}",
             f"{e.perplexity.value:.3f}",
             f"{e.divergence.kld.value:.5f}",
@@ -59,6 +59,11 @@ def _show_engine(console: Console, comparison: Comparison, title: str, rows: Seq
     _mark(cells, 5, [e.divergence.top1.value for e in rows], max)
     _mark(cells, 7, [e.speed.decode.median if e.speed else None for e in rows], max)
     console.table(f"{title} ({_BEST} best)" if len(rows) > 1 else title, columns, cells)
+
+
+def mebibytes(n_bytes: int) -> str:
+    """A size in MiB, to four digits."""
+    return f"{n_bytes / 2**20:#.4g}".rstrip(".")
 
 
 def _rate(value: float) -> str:

@@ -23,7 +23,7 @@ from ..tensor_types import parse_overrides
 from .allocation_options import GranularityName
 from .compare_options import JudgeOptions, ReportOptions, TextOptions, command_line
 from .options import EncoderName, OutputOptions, SourceOptions, grouped, parse_types
-from .show_files import shorten
+from .show_files import mebibytes, shorten
 
 NAME = "sweep"
 _MADE = "What is made"
@@ -197,7 +197,7 @@ def _show(console: Console, result: Comparison) -> None:
         rows.append(
             [
                 shorten(candidate.name, _NAME_WIDTH) + (" *" if candidate.name in front else ""),
-                f"{candidate.n_bytes / 2**20:.4g}",
+                mebibytes(candidate.n_bytes),
                 f"{candidate.expert_bpw:.3f}",
                 f"{e.perplexity.value:.3f}",
                 f"{e.divergence.kld.value:.5f}",

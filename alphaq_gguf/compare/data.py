@@ -62,8 +62,8 @@ class Candidate:
     """A file to judge: a GGUF, or a recipe with a type per expert, whose size is then the one it would have.
 
     `origin` says how it came about: "alphaq" and other strategies, "preset Q4_K_M", or "" when it is not known.
-    `n_bytes` is the whole file. `budget_bpw` is what was asked for. `types` counts
-    the whole model's weights by type. `stacking` is the recipe's result of that name.
+    `n_bytes` is the whole file. `budget_bpw` is what was asked for. `types` counts the whole model's weights by type.
+    `stacking` is the recipe's result of that name.
     """
 
     name: str

@@ -94,7 +94,8 @@ def _finish(row: Row, maker: Maker, judge: Judge, known: _Known, keep: Path | No
     kept = None if keep is None else keep / row.file_name
     if found is not None and (kept is None or _fingerprint(kept) == found.candidate.fingerprint):
         return found
-    if kept is not None:
+    # A file of an earlier run that is judged on something else now is made again.
+    if kept is not None and _fingerprint(kept) not in {judged.candidate.fingerprint for judged in known.all()}:
         check_output(kept, force=force, inputs=maker.source.files)
     # A directory of its own, on the file system where the file may stay: what an interrupted run left in it is whole.
     directory = (keep or maker.cache_dir) / f"sweep-{key}"

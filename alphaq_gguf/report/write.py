@@ -51,7 +51,7 @@ def write_report(path: Path, comparison: Comparison, *, force: bool = False) -> 
 def check_report(path: Path, *, force: bool = False) -> tuple[Path, Path]:
     """Where the data and the figures of the report at `path` go; what `write_report` refuses of names."""
     if path.suffix != ".html":
-        raise UsageError(f"{path}: a report's name ends in .html", f"name it {path.name}.html")
+        raise UsageError(f"{path}: a report's name ends in .html", f"name it {path.with_suffix('.html').name}")
     data, folder = path.with_suffix(".json"), path.with_name(f"{path.stem}-figures")
     for out in (path, data):
         check_output(out, force=force)

@@ -75,8 +75,9 @@ class Place:
     def sweep(self, settings: SweepSettings, engine: str = "llama", **options: Any) -> tuple[Comparison, Recorder]:
         recorder = options.pop("recorder", None) or Recorder()
         source = open_source(self.model)
+        windows = options.pop("windows", N_WINDOWS)
         reference = make_reference(
-            source, [self.model / "heldout.txt"], n_ctx=N_CTX, max_windows=N_WINDOWS, cache_dir=self.cache
+            source, [self.model / "heldout.txt"], n_ctx=N_CTX, max_windows=windows, cache_dir=self.cache
         )
         judging = JudgeSettings(engines=(engine,), threads=1, speed_runs=0)
         judge = Judge(reference, source, judging, cache_dir=self.cache, reporter=recorder)
@@ -221,6 +222,16 @@ def test_a_file_in_the_way_is_found_before_the_work(fresh: Place) -> None:
     assert mine.read_text(encoding="utf-8") == "mine"
 
 
+def test_kept_files_are_judged_on_another_text_without_force(fresh: Place) -> None:
+    settings = replace(PRESETS, presets=("Q4_K_M",))
+    first, _ = fresh.sweep(settings, keep=fresh.keep)
+    other, recorder = fresh.sweep(settings, keep=fresh.keep, windows=N_WINDOWS - 1)
+    assert recorder.judged == ["preset-Q4_K_M"]
+    assert other.candidates == first.candidates
+    assert other.text.n_windows == N_WINDOWS - 1
+    assert [path.name for path in fresh.keep.iterdir()] == ["preset-Q4_K_M.gguf"]
+
+
 def test_a_type_per_expert_runs_in_pytorch(fresh: Place) -> None:
     common = AllocationSettings(granularity="expert")
     settings = SweepSettings(strategies=("mse",), bpws=(3.5,), allocation=common)
@@ -279,7 +290,7 @@ def test_the_command_shows_all_by_size_and_marks_the_front(
         (["--bpw", "3", "--sizes-of-presets"], "there are no presets to take sizes from"),
         (["--presets", "Q4_0", "--strategy", "mse"], "--strategy: there is no budget to spend"),
         (["--presets", "Q4_0", "--tensor-type", "nothing=Q8_0"], "--tensor-type nothing=Q8_0 matches no tensor"),
-        (["--presets", "Q4_0", "-o", "report.txt"], "expected a name that ends in .html"),
+        (["--presets", "Q4_0", "-o", "report.txt"], "a report's name ends in .html"),
         (["--presets", "Q4_0", "--engine", "vllm"], "--engine vllm: unknown"),
     ],
 )
