@@ -103,6 +103,8 @@ class Judge:
         if known.is_file() and not self.settings.again:
             judged = from_plain(Judged, json.loads(known.read_text(encoding="utf-8")))
             self.reporter.note(f"{candidate.name}: figures of {judged.day}; --again measures anew")
+            for engine, reason in judged.failures.items():
+                self.reporter.warn(f"{candidate.name} in {engine}, on {judged.day}: {reason}")
             return replace(judged, candidate=candidate, **_rename(judged, candidate.name))
         if self.settings.again:
             shutil.rmtree(work_dir, ignore_errors=True)
