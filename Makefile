@@ -6,6 +6,8 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
+# Processes that run tests; each wants a core of its own and 3 GiB of memory.
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 MODEL  := tests/models/stdlib-qwen2moe-4m
 OUT    := demo/stdlib-moe-alphaq.gguf
@@ -37,7 +39,7 @@ demo: setup
 test: setup
 	@echo "== Fetching llama.cpp's own converter, the oracle of some tests (they skip without it)"
 	-$(BIN)/python tools/fetch_llama_cpp.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

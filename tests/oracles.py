@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -103,3 +104,23 @@ def quantize_with_llama_cpp(
             entry.data = weights.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = entries
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
+
+
+def run_tool(name: str, *arguments: object) -> str:
+    """Run a program of llama.cpp, and give what it prints; skips when it was not built."""
+    program = llama_cpp_sources() / "build/bin" / name
+    if not program.is_file():
+        pytest.skip(f"{name} is absent: run python tools/fetch_llama_cpp.py --build")
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def run_perplexity(*arguments: object) -> str:
+    """What llama-perplexity prints, with its figures."""
+    # On a busy machine it often ends before its log's thread has written the last lines.
+    for _ in range(40):
+        printed = run_tool("llama-perplexity", *arguments)
+        if re.search("Same top p:|Final estimate:", printed):
+            return printed
+    raise AssertionError("llama-perplexity printed no figures, 40 times")

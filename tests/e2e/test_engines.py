@@ -88,7 +88,7 @@ def test_logits_and_chosen_experts_are_those_of_transformers(layout: str, tmp_pa
     expected, logits = router_choices(reference, tokens)
     assert expected
     for engine in (
-        LlamaEngine(path, n_ctx=len(tokens), threads=1),
+        LlamaEngine(path, n_ctx=len(tokens), threads=1, exact=True),
         TorchEngine(FileBlocks(path), n_ctx=len(tokens)),
     ):
         with engine:
@@ -121,7 +121,7 @@ def q4(trained: Path, tmp_path_factory: pytest.TempPathFactory, cache_dir: Path)
 
 def open_engine(name: str, path: Path) -> Engine:
     if name == "llama.cpp":
-        return LlamaEngine(path, n_ctx=128, threads=1)
+        return LlamaEngine(path, n_ctx=128, threads=1, exact=True)
     return TorchEngine(FileBlocks(path), n_ctx=128, dtype=torch.float32)
 
 

@@ -141,6 +141,7 @@ def test_routers_agree_with_themselves(job: Job, trained: Path, tmp_path: Path) 
         n_ctx=N_CTX,
         max_windows=N_WINDOWS,
         cache_dir=tmp_path,
+        exact=True,
     )
     assert reference.routes is not None
     own = replace(job, windows=reference.windows, base=reference.base.path, routes=reference.routes.path)

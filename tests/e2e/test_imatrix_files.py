@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import CORPUS, build_moe
 from gguf import GGUFReader
-from oracles import convert_with_llama_cpp, llama_cpp_sources
+from oracles import convert_with_llama_cpp, run_tool
 
 from alphaq_gguf.calibration import Calibration, Moments
 from alphaq_gguf.calibration.imatrix import open_importance
@@ -23,16 +22,6 @@ from alphaq_gguf.errors import AlphaQError
 from alphaq_gguf.qtypes import QType
 
 N_EXPERTS, N_USED, N_CTX = 16, 3, 32
-
-
-def run_tool(name: str, *arguments: object) -> str:
-    """Run a program of llama.cpp, and give what it prints; skips when it was not built."""
-    program = llama_cpp_sources() / "build/bin" / name
-    if not program.is_file():
-        pytest.skip(f"{name} is absent: run python tools/fetch_llama_cpp.py --build")
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 @dataclass(frozen=True)

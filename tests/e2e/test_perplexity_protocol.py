@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import CORPUS, build_moe
-from oracles import llama_cpp_sources
+from oracles import run_perplexity
 
 from alphaq_gguf.compare.data import Comparison, from_plain
 from alphaq_gguf.evaluate.base_file import BaseFile, BaseWriter
@@ -56,18 +55,7 @@ class Case:
 
     def perplexity(self, path: Path, *arguments: object, flags: tuple[object, ...] = EXACT) -> str:
         """What llama-perplexity prints of a model."""
-        program = llama_cpp_sources() / "build/bin/llama-perplexity"
-        if not program.is_file():
-            pytest.skip("llama-perplexity is absent: run python tools/fetch_llama_cpp.py --build")
-        command = [program, "-m", path, *flags, "-c", self.n_ctx, "-b", self.n_ctx, *arguments]
-        # On a busy machine it can end before its log's thread has written the last lines.
-        for _ in range(5):
-            done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-            printed = done.stdout + done.stderr
-            if re.search("Same top p:|Final estimate:", printed):
-                return printed
-        raise AssertionError("llama-perplexity printed no figures, five times")
+        return run_perplexity("-m", path, *flags, "-c", self.n_ctx, "-b", self.n_ctx, *arguments)
 
 
 @pytest.fixture(scope="module", params=CASES)

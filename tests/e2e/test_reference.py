@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CORPUS, FAMILIES, build_moe
-from test_imatrix_files import run_tool
+from oracles import run_perplexity
 from tokenizer_files import edit_json
 
 from alphaq_gguf.checkpoint import open_source
@@ -226,10 +226,9 @@ def test_a_base_file_of_llama_perplexity_is_a_reference(family: str, text: Path,
     base = tmp_path / "theirs.kld"
     options = ["-c", N_CTX, "-b", N_CTX, "--chunks", 5, "-t", 1, "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
     arguments = ["-m", gguf, "-f", text, "--kl-divergence-base", base, "--no-repack", *options]
-    # Now and then it ends before all of its log is printed.
-    outputs = (run_tool("llama-perplexity", *arguments) for _ in range(5))
-    found = (re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", printed) for printed in outputs)
-    value, error = map(float, next(filter(None, found)).groups())
+    found = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", run_perplexity(*arguments))
+    assert found
+    value, error = map(float, found.groups())
     theirs, ours = read_reference(base), make(gguf, text, tmp_path / "cache")
     for reference in (theirs, ours):
         assert reference.info.perplexity.value == pytest.approx(value, rel=1e-4)
