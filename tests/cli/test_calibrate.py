@@ -153,7 +153,19 @@ def test_an_importance_matrix_rounds_better_where_it_matters(
 
 def test_a_model_can_write_the_text_itself(trained: Path, tmp_path: Path, cli) -> None:
     cache = tmp_path / "cache"
-    arguments = ("--strategy", "self", "--granularity", "expert", "--bpw", 3.3, "--cache-dir", cache, "--json")
+    arguments = (
+        "--strategy",
+        "self",
+        "--granularity",
+        "expert",
+        "--bpw",
+        3.3,
+        "--cache-dir",
+        cache,
+        "--threads",
+        1,
+        "--json",
+    )
     code, out, err = cli("allocate", trained, *arguments)
     assert code == 0, err
     assert "Writing text" in err
@@ -165,7 +177,9 @@ def test_a_model_can_write_the_text_itself(trained: Path, tmp_path: Path, cli) -
     assert again == out
     # The same text, sent through PyTorch.
     calibration = tmp_path / "self.gguf"
-    code, _, err = cli("calibrate", trained, "--text", "self", "--sample", 0, "-o", calibration, "--cache-dir", cache)
+    code, _, err = cli(
+        "calibrate", trained, "--text", "self", "--sample", 0, "--threads", 1, "-o", calibration, "--cache-dir", cache
+    )
     assert code == 0, err
     assert "Writing text" not in err
     usage = entries(calibration)["blk.0.alphaq.tokens"][0]

@@ -45,7 +45,7 @@ def perplexity(convert, heldout: str):
     def measure(*options: str) -> float:
         path = convert(*options)
         if path not in found:
-            with LlamaModel(path, n_ctx=CTX, threads=2) as model:
+            with LlamaModel(path, n_ctx=CTX, threads=1) as model:
                 found[path] = model.perplexity(heldout, n_ctx=CTX, max_windows=WINDOWS).value
         return found[path]
 
