@@ -12,9 +12,10 @@ import typer
 from ..checkpoint import open_source
 from ..compare.data import Comparison
 from ..compare.reference import make_reference, read_reference
-from ..compare.run import Judge, alphas_of, compare
+from ..compare.run import Judge, alphas_of, check_files, compare
 from ..compare.settings import TaskSettings
 from ..errors import AlphaQError, ThresholdError, UsageError
+from ..qtypes import FLOAT_TYPES
 from ..tasks import TASKS, check_tasks
 from ..writer import check_output, check_space, replacing
 from .compare_options import JudgeOptions, ReportOptions, TextOptions, command_line
@@ -120,8 +121,6 @@ def command(
     if base is not None and (texts.text or save_base is not None):
         raise UsageError("--base holds the text already", "leave out --text and --save-base")
     report.check(force=shown.force, inputs=files)
-    if save_base is not None:
-        check_output(save_base, force=shown.force, inputs=files)
     settings = machine.settings()
     asked = None
     if tasks is not None:
@@ -136,6 +135,15 @@ def command(
         source = open_source(reference, allow_requantize=True, reporter=console)
         for remark in source.remarks:
             console.warn(remark)
+        texts_read = [text for text in read if isinstance(text, Path)]
+        report.check(force=shown.force, inputs=[*files, *source.files, *texts_read])
+        if save_base is not None:
+            check_output(save_base, force=shown.force, inputs=[*files, *source.files, *texts_read])
+        quantised = {info.qtype for info in source.tensors.values()} - set(FLOAT_TYPES)
+        if quantised:
+            names = ", ".join(sorted(qtype.name for qtype in quantised))
+            console.warn(f"{reference}: quantised itself ({names}): what it lost does not show in any figure")
+        check_files(files, source)
         found = make_reference(
             source,
             read,
@@ -153,14 +161,14 @@ def command(
     if report.output is not None and source is not None:
         alphas = alphas_of(source, reporter=console, **machine.measuring())
     result = compare(files, judge, command=command_line(), alphas=alphas, tasks=asked)
+    show_files(console, result)
+    console.json(asdict(result))
     if save_base is not None:
         _save_base(found.base.path, save_base)
         console.result(f"Wrote {save_base}")
     report.write(console, result, force=shown.force)
-    show_files(console, result)
     if report.output is not None:
         console.result(f"Report: {report.output}")
-    console.json(asdict(result))
     unjudged = len(files) - len(result.candidates)
     if unjudged:
         raise AlphaQError(f"{unjudged} of {len(files)} files could not be judged", "see the warnings above")

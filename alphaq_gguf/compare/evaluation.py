@@ -105,12 +105,15 @@ def open_blocks(job: Job, reporter: Reporter) -> Blocks:
     # Late, because torch would count as memory that llama.cpp takes.
     from ..allocation import read_imatrix
     from ..checkpoint import open_source
+    from ..checkpoint.gguf import GGUFSource
     from ..checkpoint.huggingface import HuggingFaceSource
     from ..evaluate.blocks import FileBlocks, RecipeBlocks
     from ..recipe import load_recipe
 
     if job.path.suffix != ".json":
-        return FileBlocks(job.path, job.model)
+        # The file's own config goes with its metadata; the reference's is for files that carry none.
+        own = GGUFSource(job.path, allow_requantize=True).model_config
+        return FileBlocks(job.path, job.model if own is None else None)
     source = None if job.model is None else open_source(job.model)
     if not isinstance(source, HuggingFaceSource):
         raise AlphaQError(
@@ -201,4 +204,7 @@ def _count_equal(chosen: np.ndarray | None, expected: np.ndarray) -> int:
     """Tokens whose experts [n, top_k] are the same in both, in whatever order; -1 where they were not seen."""
     if chosen is None:
         return -1
+    if chosen.shape != expected.shape:
+        # A file that sends tokens to another number of experts.
+        return 0
     return int((np.sort(chosen, axis=1) == np.sort(expected, axis=1)).all(axis=1).sum())

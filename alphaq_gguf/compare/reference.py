@@ -21,6 +21,7 @@ from ..evaluate.routes_file import RoutesFile, RoutesWriter
 from ..reporter import Reporter, Silent
 from ..text_windows import cut_texts
 from ..writer import write_atomically
+from .alone import alone
 from .data import ReferenceInfo, TextInfo
 from .texts import open_vocabulary
 
@@ -85,18 +86,20 @@ def make_reference(
     key = _key(source, windows, engine, packages)
     directory = cache_dir / f"reference-{key}"
     base, routes, described = (directory / name for name in ("base.kld", "routes.npy", "reference.json"))
-    if not described.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        work_dir = directory / "layers"
-        if not base.is_file() and isinstance(source, HuggingFaceSource):
-            work_dir.mkdir(exist_ok=True)
-            _run_layers(source, windows, n_vocab, base, routes, work_dir, device, batch, reporter)
-        elif not base.is_file():
-            _run_windows(source, windows, n_vocab, base, routes, threads, gpu_layers, exact, reporter)
-        shutil.rmtree(work_dir, ignore_errors=True)
-        perplexity = _own_perplexity(BaseFile(base), reporter)
-        about = {"name": source.name, "engine": engine, "versions": {name: _version(name) for name in packages}}
-        write_atomically(described, json.dumps({**about, "perplexity": [*vars(perplexity).values()]}, indent=1) + "\n")
+    with alone(directory, reporter):
+        if not described.is_file():
+            work_dir = directory / "layers"
+            if not base.is_file() and isinstance(source, HuggingFaceSource):
+                work_dir.mkdir(exist_ok=True)
+                _run_layers(source, windows, n_vocab, base, routes, work_dir, device, batch, reporter)
+            elif not base.is_file():
+                _run_windows(source, windows, n_vocab, base, routes, threads, gpu_layers, exact, reporter)
+            shutil.rmtree(work_dir, ignore_errors=True)
+            perplexity = _own_perplexity(BaseFile(base), reporter)
+            versions = {name: _version(name) for name in packages}
+            about = {"name": source.name, "engine": engine, "versions": versions}
+            about["perplexity"] = [*vars(perplexity).values()]
+            write_atomically(described, json.dumps(about, indent=1) + "\n")
     perplexity = Estimate(*json.loads(described.read_text(encoding="utf-8"))["perplexity"])
     return Reference(
         ReferenceInfo(source.name, source.fingerprint, engine, perplexity),

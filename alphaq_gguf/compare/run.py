@@ -19,11 +19,12 @@ from ..allocation import TOOL
 from ..checkpoint import Source
 from ..checkpoint.huggingface import HuggingFaceSource
 from ..errors import AlphaQError, UsageError
-from ..evaluate.isolated import run_isolated
+from ..evaluate.isolated import ProcessDiedError, run_isolated
 from ..measurements import AlphaSettings
 from ..pipeline import measure_source
 from ..reporter import Reporter, Silent
 from ..writer import check_space, write_atomically
+from .alone import alone
 from .candidates import describe_candidate
 from .data import Candidate, Comparison, CrossEngine, Evaluation, ProjectionAlphas, TaskScore, from_plain
 from .evaluation import Found, Job, run_job
@@ -72,6 +73,7 @@ class Judge:
         self._cache_dir = cache_dir
         self.device = settings.device
         self.notes: list[str] = []
+        self._died = False
         self.engines = self._choose_engines(settings.engines)
 
     def _choose_engines(self, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -99,6 +101,13 @@ class Judge:
             engines = tuple(engine for engine in engines if engine != "llama") or ("torch",)
         windows = self._windows_for(path)
         work_dir = self._cache_dir / f"judged-{self._key(candidate, engines)}"
+        with alone(work_dir, self.reporter):
+            return self._judge_in(work_dir, path, candidate, engines, windows)
+
+    def _judge_in(
+        self, work_dir: Path, path: Path, candidate: Candidate, engines: Sequence[str], windows: np.ndarray
+    ) -> Judged:
+        """The figures that `work_dir` has of a file, or new ones, which stay there."""
         known = work_dir / "judged.json"
         if known.is_file() and not self.settings.again:
             judged = from_plain(Judged, json.loads(known.read_text(encoding="utf-8")))
@@ -114,6 +123,9 @@ class Judge:
             shutil.rmtree(work_dir)
             reasons = list(dict.fromkeys(judged.failures.values()))
             raise AlphaQError("; ".join(reasons))
+        if self._died:
+            # What killed an engine's process may be gone next time, when the others go on from their records.
+            return judged
         write_atomically(known, json.dumps(asdict(judged)))
         for intermediate in work_dir.iterdir():
             if intermediate != known:
@@ -137,18 +149,24 @@ class Judge:
         evaluations: list[Evaluation] = []
         cross: list[CrossEngine] = []
         failures: dict[str, str] = {}
-        keep = work_dir / "logits.kld" if len(engines) > 1 else None
-        if keep is not None and not keep.exists():
-            check_space(keep, self.reference.base.path.stat().st_size)
+        self._died = False
+        keep: Path | None = None
         for engine in engines:
             first = evaluations[0] if evaluations else None
+            # What an interrupted run left belongs to this engine, held against that one.
             job = self._make_job(path, engine, windows, work_dir)
-            job = replace(job, against=keep) if first else replace(job, keep=keep)
+            if first is not None:
+                records = work_dir / f"{engine}-against-{first.engine}.records"
+                job = replace(job, records=records, against=keep)
+            elif len(engines) > 1:
+                keep = work_dir / f"{engine}.kld"
+                if not keep.exists():
+                    check_space(keep, self.reference.base.path.stat().st_size)
+                job = replace(job, keep=keep)
             try:
                 found, peak_bytes = run_isolated(run_job, job, label=f"{path.name} in {engine}", reporter=self.reporter)
             except AlphaQError as error:
-                for unfinished in work_dir.glob("logits.kld*") if first is None else ():
-                    unfinished.unlink()
+                self._died |= isinstance(error, ProcessDiedError)
                 failures[engine] = " ".join(filter(None, [error.message, error.hint and f"-> {error.hint}"]))
                 self.reporter.warn(f"{path.name} in {engine}: {failures[engine]}")
                 continue
@@ -277,6 +295,21 @@ def alphas_of(
             alpha = found.alphas[matrix.stack, matrix.xid, matrix.proj].alpha
             places.setdefault((stack.bid, matrix.proj), []).append(alpha)
     return tuple(ProjectionAlphas(bid, proj, tuple(values)) for (bid, proj), values in places.items())
+
+
+def check_files(paths: Sequence[Path], source: Source) -> None:
+    """What is wrong with files shows before the reference runs: AlphaQError when none can be held against `source`."""
+    distinct_names(paths)
+    problems: list[AlphaQError] = []
+    for path in paths:
+        try:
+            describe_candidate(path, source)
+            if path.suffix != ".json":
+                check_vocabularies(source, path)
+        except AlphaQError as error:
+            problems.append(error)
+    if len(problems) == len(paths):
+        raise problems[0]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

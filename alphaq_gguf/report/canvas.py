@@ -95,15 +95,22 @@ class Drawing:
     png: bytes
 
 
-@contextmanager
-def style(name: str) -> Iterator[None]:
-    """The report's look for what is drawn inside. AlphaQError where matplotlib is missing."""
+def require_matplotlib() -> None:
+    """AlphaQError where matplotlib is missing."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         raise AlphaQError(
             "the report needs matplotlib, which is not installed", "pip install 'alphaq-gguf[report]'"
         ) from None
+
+
+@contextmanager
+def style(name: str) -> Iterator[None]:
+    """The report's look for what is drawn inside. AlphaQError where matplotlib is missing."""
+    require_matplotlib()
+    import matplotlib
+
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # Names of files may hold any letter. In SVG the browser finds a font for it.
         warnings.filterwarnings("ignore", r"Glyph .* missing from font")

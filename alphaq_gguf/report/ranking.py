@@ -16,11 +16,17 @@ _ERRORS = 2
 
 
 def chosen(comparison: Comparison) -> dict[str, Evaluation]:
-    """By file, in order, the evaluation that figures and words go by: in llama.cpp if there is one with a KLD."""
+    """By file, in order, the evaluation that figures and words go by.
+
+    In the first engine that gives all files a KLD, so that none is favoured by its engine; else each in its first.
+    """
+    finite = [e for e in comparison.evaluations if is_finite(e)]
+    files = {e.file for e in finite}
+    common = [engine for engine in ENGINES if {e.file for e in finite if e.engine == engine} == files]
     found: dict[str, Evaluation] = {}
     for candidate in comparison.candidates:
-        by_engine = {e.engine: e for e in comparison.evaluations if e.file == candidate.name and is_finite(e)}
-        for engine in ENGINES:
+        by_engine = {e.engine: e for e in finite if e.file == candidate.name}
+        for engine in common or ENGINES:
             if engine in by_engine:
                 found.setdefault(candidate.name, by_engine[engine])
     return found

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..compare.data import Comparison, save_comparison
 from ..errors import OutputError, UsageError
 from ..writer import check_output, partial_path, write_atomically
-from .canvas import PALETTE, Drawing
+from .canvas import PALETTE, Drawing, require_matplotlib
 from .figure_data import FigureData
 from .figures import draw
 from .ranking import with_short_names
@@ -52,6 +52,7 @@ def check_report(path: Path, *, force: bool = False) -> tuple[Path, Path]:
     """Where the data and the figures of the report at `path` go; what `write_report` refuses of names."""
     if path.suffix != ".html":
         raise UsageError(f"{path}: a report's name ends in .html", f"name it {path.with_suffix('.html').name}")
+    require_matplotlib()
     data, folder = path.with_suffix(".json"), path.with_name(f"{path.stem}-figures")
     for out in (path, data):
         check_output(out, force=force)

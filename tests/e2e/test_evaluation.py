@@ -18,6 +18,7 @@ from alphaq_gguf.compare.settings import JudgeSettings
 from alphaq_gguf.errors import AlphaQError
 from alphaq_gguf.evaluate.base_file import BaseFile, BaseWriter
 from alphaq_gguf.evaluate.metrics import compress
+from alphaq_gguf.evaluate.routes_file import RoutesFile, RoutesWriter
 from alphaq_gguf.reporter import Silent
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -191,7 +192,36 @@ def test_interrupting_the_judge_keeps_what_is_known(job: Job, trained: Path, tmp
     (directory / "judged.json").unlink()
     with pytest.raises(KeyboardInterrupt):
         judge(Stopping(N_WINDOWS + 2))
-    assert BaseFile(directory / "logits.kld").n_windows == N_WINDOWS
+    assert BaseFile(directory / "llama.kld").n_windows == N_WINDOWS
     again = judge(Stopping())
     assert [e.divergence for e in again.evaluations] == [e.divergence for e in whole.evaluations]
     assert [c.kld for c in again.cross] == [c.kld for c in whole.cross]
+
+
+def test_another_number_of_experts_is_no_agreement(job: Job, tmp_path: Path) -> None:
+    reference = RoutesFile(job.routes)  # type: ignore[arg-type]
+    layers = {bid: chosen.shape[1] + 1 for bid, chosen in reference.read(0).items()}
+    path = tmp_path / "routes.npy"
+    writer = RoutesWriter(path, N_WINDOWS, N_CTX, layers)
+    for i in range(N_WINDOWS):
+        writer.put(i, {bid: np.concatenate([c, c[:, :1]], axis=1) for bid, c in reference.read(i).items()})
+    writer.flush()
+    assert run(replace(job, routes=path), tmp_path).routers == {0: 0.0, 1: 0.0}
+
+
+def test_records_of_one_engine_are_not_taken_for_those_against_another(job: Job, trained: Path, tmp_path: Path) -> None:
+    source = open_source(trained)
+    reference = make_reference(
+        source, [trained / "heldout.txt"], n_ctx=N_CTX, max_windows=N_WINDOWS, cache_dir=job.path.parent
+    )
+
+    def judge(*engines: str, reporter: Stopping) -> Judged:
+        settings = JudgeSettings(engines=engines, threads=1, speed_runs=0)
+        return Judge(reference, source, settings, cache_dir=tmp_path, reporter=reporter).judge(job.path)
+
+    with pytest.raises(KeyboardInterrupt):
+        judge("torch", "llama", reporter=Stopping(2))
+    found = judge("llama", "torch", reporter=Stopping())
+    alone = judge("torch", reporter=Stopping())
+    assert found.evaluations[1].divergence == alone.evaluations[0].divergence
+    assert [(c.engine, c.other) for c in found.cross] == [("pytorch", "llama.cpp")]

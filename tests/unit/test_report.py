@@ -145,6 +145,9 @@ def test_llama_cpp_is_the_engine_to_go_by_where_it_ran_the_file():
     runs = [evaluation("a", 0.3, engine="pytorch"), evaluation("a", 0.2), evaluation("b", 0.1, engine="triton")]
     of = comparison([candidate("a", 10), candidate("b", 20)], runs)
     assert {name: found.engine for name, found in chosen(of).items()} == {"a": "llama.cpp", "b": "triton"}
+    # An engine that has run all files comes before one that has not, whatever it is.
+    both = replace(of, evaluations=(*of.evaluations, evaluation("a", 0.02, engine="triton")))
+    assert {name: found.engine for name, found in chosen(both).items()} == {"a": "triton", "b": "triton"}
 
 
 @pytest.mark.parametrize(
