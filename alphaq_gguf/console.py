@@ -23,6 +23,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+_BAR = 20
+# Bar, percentage, rate, elapsed time and ETA with what is between them.
+_BESIDE_LABEL = _BAR + 42
+_LEAST_LABEL = 16
+
 
 def format_count(value: float, unit: str) -> str:
     """`1.5 GiB`, `12.3 M weights`, `7 windows`: a number people can read."""
@@ -67,15 +72,18 @@ class Console:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=_BAR),
             TaskProgressColumn(),
             _RateColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
+        # Beside the bar and the numbers, a label of a line's rest.
+        room = max(_LEAST_LABEL, self._err.width - _BESIDE_LABEL)
+        shown = label if len(label) <= room else f"{label[: room - 1]}…"
         with Progress(*columns, console=self._err) as bar:
-            task = bar.add_task(escape(label), total=total, unit=unit)
+            task = bar.add_task(escape(shown), total=total, unit=unit)
             yield lambda amount: bar.advance(task, amount)
 
     def note(self, message: str) -> None:

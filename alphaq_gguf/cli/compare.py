@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..checkpoint import open_source
-from ..compare.data import Comparison
+from ..compare.data import Comparison, to_plain
 from ..compare.reference import make_reference, read_reference
-from ..compare.run import Judge, alphas_of, check_files, compare
+from ..compare.run import Judge, about_context, alphas_of, check_files, compare
 from ..compare.settings import TaskSettings
 from ..errors import AlphaQError, ThresholdError, UsageError
 from ..qtypes import FLOAT_TYPES
@@ -40,6 +39,26 @@ def command(
         str | None,
         typer.Option(
             help="The full-precision model: Hugging Face directory, float GGUF, or OWNER/NAME on the Hub.",
+            rich_help_panel=_REFERENCE,
+            show_default=False,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Branch, tag or commit of a reference on the Hub.", rich_help_panel=_REFERENCE, show_default=False
+        ),
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Read the reference's weights from the Hub, keeping none.", rich_help_panel=_REFERENCE
+        ),
+    ] = False,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="llama.cpp's pre-tokenizer id, if the file was converted with one.",
             rich_help_panel=_REFERENCE,
             show_default=False,
         ),
@@ -127,12 +146,20 @@ def command(
         asked = TaskSettings(tuple(name.strip() for name in tasks.split(",")), task_limit, task_dir, task_ctx)
         check_tasks(asked.names, task_dir)
     source = None
+    notes: list[str] = []
     if reference is None:
         assert base is not None
         found = read_reference(base)
     else:
         read = texts.texts
-        source = open_source(reference, allow_requantize=True, reporter=console)
+        source = open_source(
+            reference,
+            allow_requantize=True,
+            pre_tokenizer=pre_tokenizer,
+            revision=revision,
+            stream=stream,
+            reporter=console,
+        )
         for remark in source.remarks:
             console.warn(remark)
         texts_read = [text for text in read if isinstance(text, Path)]
@@ -142,7 +169,10 @@ def command(
         quantised = {info.qtype for info in source.tensors.values()} - set(FLOAT_TYPES)
         if quantised:
             names = ", ".join(sorted(qtype.name for qtype in quantised))
-            console.warn(f"{reference}: quantised itself ({names}): what it lost does not show in any figure")
+            notes.append(f"{reference} is quantised itself ({names}): what it lost does not show in any figure")
+        notes += [] if (note := about_context(source, texts.ctx)) is None else [note]
+        for note in notes:
+            console.warn(note)
         check_files(files, source)
         found = make_reference(
             source,
@@ -157,21 +187,23 @@ def command(
             **machine.measuring(),
         )
     judge = Judge(found, source, settings, cache_dir=machine.cache_path, imatrix=imatrix, reporter=console)
+    judge.notes += notes
     alphas = ()
     if report.output is not None and source is not None:
         alphas = alphas_of(source, reporter=console, **machine.measuring())
     result = compare(files, judge, command=command_line(), alphas=alphas, tasks=asked)
     show_files(console, result)
-    console.json(asdict(result))
+    console.json(to_plain(result))
     if save_base is not None:
         _save_base(found.base.path, save_base)
         console.result(f"Wrote {save_base}")
     report.write(console, result, force=shown.force)
     if report.output is not None:
         console.result(f"Report: {report.output}")
-    unjudged = len(files) - len(result.candidates)
-    if unjudged:
-        raise AlphaQError(f"{unjudged} of {len(files)} files could not be judged", "see the warnings above")
+    # An engine that was not asked for may be lacking; a file, its tasks, and an engine by its name may not.
+    failed = [name for name in result.failures or {} if machine.engine is not None or " in " not in name]
+    if failed:
+        raise AlphaQError(f"{', '.join(failed)}: could not be judged", "see the warnings above")
     check_bounds(result, max_kld, min_top1)
 
 

@@ -54,6 +54,9 @@ class TextOptions:
         """What to read; UsageError when no text is named."""
         if not self.text:
             raise UsageError("no text to judge on", f"--text FILE, or --text {OWN} if there is none at hand")
+        for entry in self.text:
+            if self.text.count(entry) > 1:
+                raise UsageError(f"--text {entry} is named twice", "its tokens would count twice: name it once")
         return [entry if entry == OWN else Path(entry) for entry in self.text]
 
 

@@ -141,7 +141,15 @@ class MachineOptions:
 
     @property
     def cache_path(self) -> Path:
-        return self.cache_dir or Path(platformdirs.user_cache_dir("alphaq-gguf"))
+        """Where measurements are kept, which is made if need be; UsageError where it cannot be."""
+        path = self.cache_dir or Path(platformdirs.user_cache_dir("alphaq-gguf"))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--cache-dir {path}: cannot be made: {error.strerror}", "name another directory"
+            ) from None
+        return path
 
     def measuring(self) -> dict[str, Any]:
         """The arguments of the pipeline's measuring stages; UsageError when torch lacks the device or its float64."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..compare.data import Comparison
+from ..compare.data import Comparison, to_plain
 from ..compare.presets import PRESETS
 from ..compare.reference import make_reference
 from ..compare.run import Judge
-from ..compare.sweep import sweep
-from ..compare.sweep_files import SweepSettings
+from ..compare.sweep import check_kept, sweep
+from ..compare.sweep_files import SweepSettings, plan_rows
 from ..console import Console
 from ..encode import find_encoder
-from ..errors import UsageError
+from ..errors import AlphaQError, UsageError
 from ..pipeline import AllocationSettings
 from ..report.summary import chosen, pareto, verdict
 from ..tensor_types import parse_overrides
@@ -145,6 +144,10 @@ def command(
     judging = machine.settings()
     source = checkpoint.open(console)
     settings.check(source)
+    for line in settings.remarks(source):
+        console.warn(line)
+    if keep is not None:
+        check_kept(source, settings, keep, cache_dir=machine.cache_path, force=shown.force)
     reference = make_reference(
         source,
         read,
@@ -173,7 +176,13 @@ def command(
     _show(console, result)
     if report.output is not None:
         console.result(f"Report: {report.output}")
-    console.json(asdict(result))
+    console.json(to_plain(result))
+    # Of a file that was made, only an engine that was asked for by its name has to run it.
+    parts = [name.partition(" in ") for name in result.failures or {}]
+    failed = {name for name, engine, _ in parts if not engine or machine.engine is not None}
+    if failed:
+        n_files = len(plan_rows(settings))
+        raise AlphaQError(f"{len(failed)} of {n_files} files could not be made or judged", "see the reasons above")
 
 
 def _split(text: str | None) -> tuple[str, ...]:
@@ -188,7 +197,7 @@ def _parse_bpw(text: str) -> float:
 
 
 def _show(console: Console, result: Comparison) -> None:
-    """A table by size, the files marked that no other beats in size and KLD at once, and the verdict."""
+    """A table by size, the files marked that no other beats in size and KLD at once, failures, and the verdict."""
     found, front = chosen(result), pareto(result)
     rows = []
     for candidate in sorted(result.candidates, key=lambda candidate: candidate.n_bytes):
@@ -208,4 +217,8 @@ def _show(console: Console, result: Comparison) -> None:
     engines = " and ".join(dict.fromkeys(f"{e.engine} on {e.device}" for e in found.values()))
     columns = ["file", "MiB", "expert bpw", "PPL", "KLD", "+-", "top-1"]
     console.table(f"{engines} (* none is both smaller and nearer)", columns, rows)
+    for name, reason in (result.failures or {}).items():
+        console.result(f"{name}: {reason}")
+    for line in dict.fromkeys([*result.notes, *(note for e in result.evaluations for note in e.notes)]):
+        console.note(line)
     console.result(verdict(result))

@@ -160,8 +160,12 @@ class Comparison:
 
 def save_comparison(path: Path, comparison: Comparison) -> None:
     """Write the comparison as JSON, atomically."""
-    data = {"format": FORMAT, "schema": SCHEMA, **asdict(comparison)}
-    write_atomically(path, json.dumps(data, indent=1) + "\n")
+    write_atomically(path, json.dumps(to_plain(comparison), indent=1) + "\n")
+
+
+def to_plain(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON holds it."""
+    return {"format": FORMAT, "schema": SCHEMA, **asdict(comparison)}
 
 
 def load_comparison(path: Path) -> Comparison:

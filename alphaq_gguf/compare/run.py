@@ -20,6 +20,7 @@ from ..checkpoint import Source
 from ..checkpoint.huggingface import HuggingFaceSource
 from ..errors import AlphaQError, UsageError
 from ..evaluate.isolated import ProcessDiedError, run_isolated
+from ..evaluate.metrics import Divergence
 from ..measurements import AlphaSettings
 from ..pipeline import measure_source
 from ..reporter import Reporter, Silent
@@ -99,6 +100,8 @@ class Judge:
         engines = self.engines
         if path.suffix == ".json":
             engines = tuple(engine for engine in engines if engine != "llama") or ("torch",)
+            if self.settings.engines == ("llama",):
+                self.reporter.note(f"{candidate.name}: a type per expert runs in PyTorch alone")
         windows = self._windows_for(path)
         work_dir = self._cache_dir / f"judged-{self._key(candidate, engines)}"
         with alone(work_dir, self.reporter):
@@ -135,12 +138,16 @@ class Judge:
     def run_tasks(self, judged: Judged, path: Path, tasks: TaskSettings) -> list[TaskScore]:
         """Scores of a file in every engine that ran it; AlphaQError when a task is unknown or cannot be loaded."""
         scores: list[TaskScore] = []
-        name = judged.candidate.name
+        candidate = judged.candidate
         for engine in (ENGINE_OF[evaluation.engine] for evaluation in judged.evaluations):
-            job = self._make_job(path, engine, self.reference.windows, self._cache_dir)
-            label = f"Tasks of {path.name} in {engine}"
-            found, _ = run_isolated(run_task_job, job, tasks, name, label=label, reporter=self.reporter)
-            scores += found
+            known = self._cache_dir / f"tasks-{self._key(candidate, [engine], repr(tasks))}.json"
+            if self.settings.again or not known.is_file():
+                job = self._make_job(path, engine, self.reference.windows, self._cache_dir)
+                label = f"Tasks of {path.name} in {engine}"
+                found, _ = run_isolated(run_task_job, job, tasks, candidate.name, label=label, reporter=self.reporter)
+                write_atomically(known, json.dumps([asdict(score) for score in found]))
+            found = from_plain(tuple[TaskScore, ...], json.loads(known.read_text(encoding="utf-8")))
+            scores += [replace(score, file=candidate.name) for score in found]
         return scores
 
     def _run_engines(
@@ -164,17 +171,29 @@ class Judge:
                     check_space(keep, self.reference.base.path.stat().st_size)
                 job = replace(job, keep=keep)
             try:
-                found, peak_bytes = run_isolated(run_job, job, label=f"{path.name} in {engine}", reporter=self.reporter)
+                evaluation, other = self._evaluate(job, candidate.name)
             except AlphaQError as error:
                 self._died |= isinstance(error, ProcessDiedError)
                 failures[engine] = " ".join(filter(None, [error.message, error.hint and f"-> {error.hint}"]))
-                self.reporter.warn(f"{path.name} in {engine}: {failures[engine]}")
+                self.reporter.warn(f"no figures of {candidate.name} in {engine}: {failures[engine]}")
                 continue
-            evaluations.append(_evaluation(candidate.name, found, peak_bytes))
-            if first is not None and found.cross is not None:
-                cross.append(CrossEngine(candidate.name, found.engine, first.engine, found.cross.kld, found.cross.top1))
+            evaluations.append(evaluation)
+            if first is not None and other is not None:
+                cross.append(CrossEngine(candidate.name, evaluation.engine, first.engine, other.kld, other.top1))
         today = date.today().isoformat()
         return Judged(candidate, tuple(evaluations), tuple(cross), failures, today)
+
+    def _evaluate(self, job: Job, name: str) -> tuple[Evaluation, Divergence | None]:
+        """A file in one engine, and its divergence from the other, which an interrupted run may know already."""
+        known = job.records.with_suffix(".json")
+        if not known.is_file():
+            label = f"{job.path.name} in {job.engine}"
+            found, peak_bytes = run_isolated(run_job, job, label=label, reporter=self.reporter)
+            peak_bytes = found.peak_bytes or peak_bytes
+            write_atomically(known, json.dumps(asdict(replace(found, peak_bytes=peak_bytes))))
+        found = from_plain(Found, json.loads(known.read_text(encoding="utf-8")))
+        figures = {key: value for key, value in vars(found).items() if key != "cross"}
+        return Evaluation(file=name, **figures), found.cross
 
     def _make_job(self, path: Path, engine: str, windows: np.ndarray, work_dir: Path) -> Job:
         routes = self.reference.routes
@@ -213,11 +232,11 @@ class Judge:
                 windows[:, 0] = vocabulary.bos
         return windows
 
-    def _key(self, candidate: Candidate, engines: Sequence[str]) -> str:
+    def _key(self, candidate: Candidate, engines: Sequence[str], *more: str) -> str:
         settings = {k: v for k, v in asdict(self.settings).items() if k not in ("again", "engines")}
         reference = asdict(self.reference.info), asdict(self.reference.text)
         place = platform.node(), self.device, versions()
-        values = [_SCHEMA, candidate.fingerprint, engines, settings, reference, place]
+        values = [_SCHEMA, candidate.fingerprint, engines, settings, reference, place, *more]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]
 
 
@@ -297,6 +316,14 @@ def alphas_of(
     return tuple(ProjectionAlphas(bid, proj, tuple(values)) for (bid, proj), values in places.items())
 
 
+def about_context(source: Source, n_ctx: int) -> str | None:
+    """A word on windows that are longer than what the model was trained for."""
+    trained = next((f.value for f in source.fields if f.key == f"{source.architecture}.context_length"), None)
+    if trained is None or n_ctx <= trained:
+        return None
+    return f"windows of {n_ctx} tokens are longer than the {trained} that {source.name} was trained for"
+
+
 def check_files(paths: Sequence[Path], source: Source) -> None:
     """What is wrong with files shows before the reference runs: AlphaQError when none can be held against `source`."""
     distinct_names(paths)
@@ -327,22 +354,6 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _evaluation(name: str, found: Found, peak_bytes: int | None) -> Evaluation:
-    return Evaluation(
-        file=name,
-        engine=found.engine,
-        device=found.device,
-        perplexity=found.perplexity,
-        divergence=found.divergence,
-        routers=found.routers,
-        load_s=found.load_s,
-        speed=found.speed,
-        peak_bytes=found.peak_bytes or peak_bytes,
-        device_bytes=found.device_bytes,
-        notes=found.notes,
-    )
-
-
 def _rename(judged: Judged, name: str) -> dict[str, tuple[Evaluation, ...] | tuple[CrossEngine, ...]]:
     """Its figures under the name that the file has now."""
     return {
@@ -355,7 +366,7 @@ def _why_no_triton(device: str) -> str:
     """Why the Triton kernels give no figure on `device`; empty where they run."""
     from alphaq_kernels import why_no_triton
 
-    return "there is no GPU" if device == "cpu" else why_no_triton(device)
+    return "PyTorch runs on the CPU" if device == "cpu" else why_no_triton(device)
 
 
 def versions() -> dict[str, str]:

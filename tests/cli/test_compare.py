@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import ROOT, build_moe
+from gguf import GGUFReader
 from scipy.special import log_softmax
 
 from alphaq_gguf.cli.show_files import shorten
@@ -20,6 +21,7 @@ from alphaq_gguf.errors import UsageError
 from alphaq_gguf.evaluate.blocks import FileBlocks
 from alphaq_gguf.evaluate.llama import LlamaModel
 from alphaq_gguf.evaluate.torch_model import TorchModel
+from alphaq_gguf.gguf_file import build_header, read_header
 
 N_CTX, N_WINDOWS = 64, 3
 QUICK = ("--ctx", N_CTX, "--max-windows", N_WINDOWS, "--threads", 1, "--no-speed", "--exact")
@@ -182,6 +184,42 @@ def test_a_second_run_computes_nothing(files: dict[str, Path], compare, trained:
     assert "windows" in err
 
 
+def test_what_a_reference_cannot_tell_is_said(files: dict[str, Path], compare, cli, text: Path, trained: Path) -> None:
+    code, out, err = compare(files["q2"], "--reference", files["q6"], "--text", text, "--engine", "llama", "--json")
+    assert code == 0
+    said = "is quantised itself (Q6_K, Q8_0)"
+    assert said in " ".join(err.split())
+    assert any(said in note for note in json.loads(out)["notes"])
+    assert (json.loads(out)["format"], json.loads(out)["schema"]) == ("alphaq-comparison", 1)
+    asked = ("--reference", trained, "--text", text, "--ctx", 1024, "--max-windows", 1, *QUICK[4:], "--engine", "llama")
+    code, out, err = cli("compare", files["q2"], *asked)
+    assert code == 0, err
+    assert "windows of 1024 tokens are longer than the 512 that stdlib-qwen2moe-4m was trained for" in err
+
+
+def test_an_engine_that_was_asked_for_may_not_fail(
+    files: dict[str, Path], compare, trained: Path, text: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare.gguf"
+    header = read_header(files["q2"])
+    fields = [field for key, field in header.fields.items() if key != "alphaq.config"]
+    new, placed, size = build_header(fields, list(header.tensors.values()))
+    content = bytearray(size)
+    content[: len(new)] = new
+    for info, tensor in zip(placed, GGUFReader(files["q2"]).tensors, strict=True):
+        start = len(new) + info.offset
+        content[start : start + info.n_bytes] = tensor.data.tobytes()
+    bare.write_bytes(content)
+    asked = (bare, "--reference", files["f32"], "--text", text)
+    code, out, err = compare(*asked)
+    assert code == 0, err
+    assert "no figures of bare.gguf in torch" in err and "llama.cpp on cpu" in out
+    code, out, err = compare(*asked, "--engine", "llama,torch")
+    assert code == 1
+    assert "llama.cpp on cpu" in out
+    assert err.strip().splitlines()[-1].startswith("error: bare.gguf in torch: could not be judged")
+
+
 def test_bounds_set_the_exit_code(files: dict[str, Path], compare, trained: Path, text: Path) -> None:
     asked = (files["q2"], "--reference", trained, "--text", text, "--engine", "llama")
     assert compare(*asked, "--max-kld", 10, "--min-top1", 0.1)[0] == 0
@@ -228,6 +266,10 @@ def test_tasks_are_scored_in_every_engine(
     }
     # Choices lie further apart than what engines differ by.
     assert len({s.score for s in scores if s.task == "code_choice"}) == 1
+    assert "requests" in err
+    code, again, err = compare(files["q6"], *asked, "--tasks", "code_choice, code_word")
+    assert (code, json.loads(again)["tasks"]) == (0, json.loads(out)["tasks"])
+    assert "requests" not in err, "asked again"
     code, _, err = compare(files["q6"], *asked, "--tasks", "riddles")
     assert code == 1
     assert "riddles" in err.strip().splitlines()[-1]
@@ -268,18 +310,21 @@ def bad_inputs(files: dict[str, Path], trained: Path, text: Path, stranger: Path
         "no such device": ((q2, *ok, "--device", "cuda:99"), 2, "cuda:99"),
         "a report of another kind": ((q2, *ok, "-o", tmp / "report.pdf"), 2, ".html"),
         "a report over a file": ((q2, *ok, "-o", tmp / "there.html"), 1, "--force"),
+        "an unusable cache": ((q2, *ok, "--cache-dir", text), 2, "--cache-dir"),
+        "a text twice": ((q2, *ok, "--text", text), 2, "named twice"),
+        "a base over the text": ((q2, *ok, "--save-base", text, "--force"), 1, "heldout.txt"),
         "no base file": ((q2, "--base", text), 1, "heldout.txt"),
         "a base file and a text": ((q2, "--base", text, "--text", text), 2, "leave out --text"),
     }
 
 
-@pytest.mark.parametrize("case", range(17))
+@pytest.mark.parametrize("case", range(20))
 def test_bad_input_gets_one_line(
     case: int, files: dict[str, Path], compare, trained: Path, text: Path, stranger: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "there.html").write_text("mine")
     cases = bad_inputs(files, trained, text, stranger, tmp_path)
-    assert len(cases) == 17
+    assert len(cases) == 20
     words, expected, message = [*cases.values()][case]
     code, _, err = compare(*words)
     assert code == expected, err
