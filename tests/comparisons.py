@@ -49,6 +49,12 @@ def evaluation(file: str, kld: float, error: float = 0.001, engine: str = "llama
     return Evaluation(file, engine, "cpu", perplexity, divergence, **{"routers": {}, "load_s": 1.25, **known})
 
 
+def speed(median: float, least: float, most: float) -> Speed:
+    """Of runs that all read ten times as fast as they write."""
+    prefill = Rate(10 * median, 10 * least, 10 * most, 5, 512)
+    return Speed(prefill=prefill, decode=Rate(median, least, most, 5, 64), threads=8, setting="")
+
+
 def comparison(candidates: list[Candidate], evaluations: list[Evaluation], **known: Any) -> Comparison:
     """Of files on a text of 4000 scored tokens."""
     return Comparison(

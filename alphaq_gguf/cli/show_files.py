@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..calibration.own_text import OWN
 from ..compare.data import Comparison, Evaluation
 from ..console import Console
 from ..report.summary import verdict
 
 _NAME_WIDTH = 23
 _BEST = "*"
+_OWN = "text that it wrote itself"
 
 
 def show_files(console: Console, comparison: Comparison) -> None:
@@ -18,7 +20,7 @@ def show_files(console: Console, comparison: Comparison) -> None:
     reference = comparison.reference
     console.result(
         f"Reference {reference.name}: PPL {reference.perplexity.value:.4f} +- "
-        f"{reference.perplexity.standard_error:.4f} over {text.n_scored:,} tokens of {', '.join(text.names)} "
+        f"{reference.perplexity.standard_error:.4f} over {text.n_scored:,} tokens of {', '.join(_OWN if name == OWN else name for name in text.names)} "
         f"({text.n_windows} windows of {text.n_ctx})"
     )
     for engine, device in dict.fromkeys((e.engine, e.device) for e in comparison.evaluations):

@@ -23,14 +23,16 @@ PALETTE = {
     "muted": ("#59616b", "#a4adb8"),
     "grid": ("#dcdfe4", "#343a42"),
     "series-1": ("#0b66a8", "#5ab0ec"),
-    "series-2": ("#c2490b", "#ff935a"),
-    "series-3": ("#0a7a5a", "#3ccf9f"),
-    "series-4": ("#9c3f78", "#ec9bcb"),
-    "series-5": ("#8a5e00", "#e3b34a"),
-    "series-6": ("#4a5563", "#b4bdc8"),
+    "series-2": ("#22a124", "#b0fdc5"),
+    "series-3": ("#ca74a4", "#f9c8ff"),
+    "series-4": ("#724600", "#956807"),
+    "series-5": ("#8a76de", "#747bbd"),
+    "series-6": ("#451627", "#cf4580"),
+    "series-7": ("#384453", "#bbbbbb"),
+    "series-8": ("#936561", "#bb8f60"),
 }
 SERIES = [light for name, (light, _) in PALETTE.items() if name.startswith("series-")]
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 SURFACE, INK, MUTED, GRID = (PALETTE[name][0] for name in ("surface", "ink", "muted", "grid"))
 # The darker the more bits; the same in light and dark pages, with the ink that can be read on each.
 BITS = {

@@ -9,7 +9,7 @@ from ..compare.data import Candidate, Comparison
 from ..evaluate.metrics import HISTOGRAM_EDGES
 from .ranking import chosen, kld_of, pareto, router_agreement
 from .tables import numbers_of
-from .wording import ENGINES, byte_unit, count, in_bytes, listed, number, percent, shortened
+from .wording import ENGINES, byte_unit, count, in_bytes, listed, number, percent, quoted, shortened
 
 # Lines and points on them that can be told apart in one plot; more become rows of a map.
 _MOST_LINES, _MOST_MARKS = 6, 160
@@ -87,7 +87,7 @@ def size_kld(comparison: Comparison) -> list[FigureData]:
     if any(point["y"] <= 0 for point in points):
         caption += " Points on the lower edge have a mean KLD of 0 or below, within rounding of the stored reference."
     told = [
-        f"{name} with {in_bytes(comparison.candidate(name).n_bytes)} and KLD {number(kld[name].value)}"
+        f"{quoted(name)} with {in_bytes(comparison.candidate(name).n_bytes)} and KLD {number(kld[name].value)}"
         for name in front
     ]
     finding = f"Of {count(len(kld), 'file')}, beaten by none in both size and KLD: {listed(told, 6)}."
@@ -130,7 +130,7 @@ def routers(comparison: Comparison) -> list[FigureData]:
     found = {name: agreement for name, shares in recorded.items() if (agreement := router_agreement(shares))}
     order = sorted(found, key=lambda name: -found[name][0])
     told = [
-        f"{percent(found[n][0])} of tokens in {n}, least in layer {found[n][1]}"
+        f"{percent(found[n][0])} of tokens in {quoted(n)}, least in layer {found[n][1]}"
         for n in dict.fromkeys((order[0], order[-1]))
     ]
     finding = f"Routers choose the reference's experts, on average over layers, for {listed(told)}."
@@ -151,7 +151,7 @@ def histogram(comparison: Comparison) -> list[FigureData]:
         shares = [n / total * 100 for n in divergence.histogram]
         rows.append({"id": str(number_of[name]), "label": labels[name], "y": shares})
     order = sorted(judged, key=lambda name: judged[name].kld_median)
-    told = [f"{number(judged[n].kld_median)} with {n}" for n in dict.fromkeys((order[0], order[-1]))]
+    told = [f"{number(judged[n].kld_median)} with {quoted(n)}" for n in dict.fromkeys((order[0], order[-1]))]
     finding = f"Distribution of the KLD over tokens; its median is {listed(told)}."
     caption = "Share of tokens by their KLD, in bins of a quarter of a power of ten; the outermost bins are open."
     axes = {"edges": list(HISTOGRAM_EDGES), "x_label": "KLD of a token, nats", "y_label": "% of tokens"}

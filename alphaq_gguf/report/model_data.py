@@ -10,7 +10,7 @@ from ..compare.data import Candidate, Comparison
 from ..qtypes import NOMINAL_BITS, QType, bpw
 from .figure_data import FigureData, labels_of, per_file, times
 from .tables import numbers_of
-from .wording import listed, number, percent
+from .wording import listed, number, percent, quoted
 
 _QUARTILES = {"least": 0, "q1": 25, "median": 50, "q3": 75, "most": 100}
 
@@ -117,7 +117,7 @@ def stacking(comparison: Comparison) -> list[FigureData]:
     ]
     worst = max(known, key=lambda name: known[name]["per_stack"] / known[name]["per_expert"])
     most = percent(known[worst]["per_stack"] / known[worst]["per_expert"] - 1)
-    finding = f"One type per stack adds at most {most} to the predicted error of a type per expert ({worst})."
+    finding = f"One type per stack adds at most {most} to the predicted error of a type per expert ({quoted(worst)})."
     caption = "Predicted error at equal bytes, as a multiple of that of the best allocation with one type per expert."
     layers = sorted({int(layer) for found in known.values() for layer in found["layers"]})
     by_layer = [

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..compare.data import Comparison, Evaluation
 from ..evaluate.metrics import Estimate
-from .wording import ENGINES, short_names
+from .wording import ENGINES, quoted, short_names
 
-# Standard errors of a difference beyond which it counts as one.
-_ERRORS = 2
+# Standard errors of a difference beyond which it counts as one, and the tokens up to which they mean nothing.
+_ERRORS, _TOO_FEW = 2, 10
 
 
 def chosen(comparison: Comparison) -> dict[str, Evaluation]:
@@ -56,9 +56,25 @@ def beats(size: dict[str, int], kld: dict[str, Estimate], one: str, other: str) 
     return mine[0] <= its[0] and mine[1] <= its[1] and mine != its
 
 
-def differs(one: Estimate, other: Estimate) -> bool:
-    """Whether the two lie more than twice the standard error of their difference apart."""
-    return abs(one.value - other.value) > _ERRORS * math.hypot(one.standard_error, other.standard_error)
+def front_by_place(comparison: Comparison) -> list[list[str]]:
+    """The files of `pareto`, those of the same size and KLD together: they tie."""
+    kld = kld_of(comparison)
+    places: dict[tuple[int, float], list[str]] = {}
+    for name in pareto(comparison):
+        places.setdefault((comparison.candidate(name).n_bytes, kld[name].value), []).append(name)
+    return list(places.values())
+
+
+def too_few(comparison: Comparison) -> bool:
+    """Whether so few tokens were scored that their standard errors mean nothing."""
+    return comparison.text.n_scored <= _TOO_FEW
+
+
+def differs(comparison: Comparison, one: Estimate, other: Estimate) -> bool:
+    """Whether the two, of `comparison`, lie more than twice the standard error of their difference apart."""
+    return not too_few(comparison) and abs(one.value - other.value) > _ERRORS * math.hypot(
+        one.standard_error, other.standard_error
+    )
 
 
 def router_agreement(routers: dict[int, float]) -> tuple[float, int, float] | None:
@@ -72,14 +88,21 @@ def router_agreement(routers: dict[int, float]) -> tuple[float, int, float] | No
 def with_short_names(comparison: Comparison) -> Comparison:
     """The same with files called by what tells them apart, for words and labels."""
     files = [candidate.name for candidate in comparison.candidates]
-    short = dict(zip(files, short_names(files), strict=True))
+    return _renamed(comparison, dict(zip(files, short_names(files), strict=True)))
 
+
+def with_quoted_names(comparison: Comparison) -> Comparison:
+    """The same with names set off, for sentences."""
+    return _renamed(comparison, {c.name: quoted(c.name) for c in comparison.candidates})
+
+
+def _renamed(comparison: Comparison, names: dict[str, str]) -> Comparison:
     def renamed(items: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(replace(item, file=short.get(item.file, item.file)) for item in items)
+        return tuple(replace(item, file=names.get(item.file, item.file)) for item in items)
 
     return replace(
         comparison,
-        candidates=tuple(replace(c, name=short[c.name]) for c in comparison.candidates),
+        candidates=tuple(replace(c, name=names[c.name]) for c in comparison.candidates),
         evaluations=renamed(comparison.evaluations),
         cross=renamed(comparison.cross),
         tasks=renamed(comparison.tasks),

@@ -10,7 +10,7 @@ from ..evaluate.speed import Rate
 from . import figure_data, model_data
 from .figure_data import FigureData, labels_of
 from .tables import numbers_of, ordered
-from .wording import ENGINES, byte_unit, number
+from .wording import ENGINES, byte_unit, number, quoted
 
 Measured = tuple[float, float | None, float | None]
 """A value with the least and the most of its runs."""
@@ -77,7 +77,18 @@ def memory(comparison: Comparison) -> list[FigureData]:
         ("peak", f"peak resident, {unit}", "Highest peak", lambda e: _of_bytes(e.peak_bytes, scale)),
         ("device", f"on the GPU, {unit}", "most on the GPU", lambda e: _of_bytes(e.device_bytes, scale)),
     ]
-    caption = "Peak of the process that judged the file; of a file mapped into memory, the pages that it touched."
+    # llama.cpp is timed in a process of its own, which has the memory to itself.
+    timed = {bool(e.speed) and e.engine == "llama.cpp" for e in comparison.evaluations if e.peak_bytes is not None}
+    if timed == {True}:
+        process = "Peak of a process that only ran the file, to time it"
+    elif True in timed:
+        process = (
+            "Peak, in llama.cpp where speed was measured, of a process that only ran the file, to time it; else of the "
+            "process that judged the file"
+        )
+    else:
+        process = "Peak of the process that judged the file"
+    caption = f"{process}. Of a file mapped into memory, the pages that it touched."
     return _bars(comparison, "memory", "Peak memory", caption, panels)
 
 
@@ -110,5 +121,5 @@ def _bars(
         ]
         drawn.append({"label": label, "bars": bars})
         file, engine, value = max(found, key=lambda f: f[2][0])
-        told.append(f"{phrase}: {number(value[0])} {label.rsplit(', ', 1)[1]} ({file} in {ENGINES[engine]})")
+        told.append(f"{phrase}: {number(value[0])} {label.rsplit(', ', 1)[1]} ({quoted(file)} in {ENGINES[engine]})")
     return [FigureData(name, "bars", title, f"{'; '.join(told)}.", caption, {"panels": drawn})] if drawn else []

@@ -7,8 +7,19 @@ from itertools import pairwise
 
 from ..compare.data import Comparison
 from ..evaluate.metrics import Estimate
-from .ranking import beats, chosen, differs, is_finite, kld_of, pareto, router_agreement
-from .wording import ENGINES, count, estimate, in_bytes, listed, number, percent, short_names
+from .ranking import (
+    beats,
+    chosen,
+    differs,
+    front_by_place,
+    is_finite,
+    kld_of,
+    pareto,
+    router_agreement,
+    too_few,
+    with_quoted_names,
+)
+from .wording import ENGINES, count, estimate, in_bytes, listed, number, percent, short_names, shortened
 
 # Files whose sizes differ by no more are held against each other as equals.
 _EQUAL_SIZE = 0.01
@@ -29,84 +40,110 @@ def summarise(comparison: Comparison) -> list[Finding]:
     """All that the figures allow to say, the most important first."""
     if not chosen(comparison):
         return [Finding("Nothing to compare", "No file has a KLD; see the failures below.")]
+    comparison = with_quoted_names(comparison)
     makers = (_choice, _certainty, _meaning, _alphaq, _routers, _engines, _speed, _broken)
     return [finding for make in makers if (finding := make(comparison))]
 
 
 def verdict(comparison: Comparison) -> str:
     """The summary in one line of at most 160 characters."""
-    kld, front = kld_of(comparison), pareto(comparison)
-    if not front:
+    kld, places = kld_of(comparison), front_by_place(comparison)
+    if not places:
         return "no file could be judged"
-    best = front[-1]
-    top1 = percent(1 - chosen(comparison)[best].divergence.top1.value)
-    size = {name: in_bytes(comparison.candidate(name).n_bytes) for name in front}
-    line = "{}" + (f" is nearest of {len(kld)}" if len(kld) > 1 else "")
-    line += f": KLD {number(kld[best].value)} (top token changes in {top1} of places) at {size[best]}"
-    named = [best]
-    if len(front) > 1:
-        alike = [name for name in front[:-1] if not differs(kld[name], kld[best])]
-        named.append(alike[0] if alike else front[0])
-        of_other = size[named[1]]
-        line += (
-            f"; {{}} is as near within the error at {of_other}" if alike else f"; {{}} is smallest: {of_other}, KLD "
-        )
-        line += "" if alike else number(kld[named[1]].value)
+    best = places[-1]
+    top1 = percent(1 - chosen(comparison)[best[0]].divergence.top1.value)
+    size = {names[0]: in_bytes(comparison.candidate(names[0]).n_bytes) for names in places}
+    line, named = _subject(best)
+    if len(best) == len(kld):
+        line += " tie" if len(kld) > 1 else ""
+    else:
+        line += f" {'is' if len(best) == 1 else 'tie as'} nearest of {len(kld)}"
+    line += f": KLD {number(kld[best[0]].value)} (top token changes in {top1} of places) at {size[best[0]]}"
+    if too_few(comparison):
+        line += f"; {count(comparison.text.n_scored, 'scored token')}: too few to tell files apart"
+    elif len(places) > 1:
+        alike = [names for names in places[:-1] if not differs(comparison, kld[names[0]], kld[best[0]])]
+        other = (alike or places)[0]
+        subject, more = _subject(other)
+        named += more
+        if alike:
+            line += f"; {subject} {'is' if len(other) == 1 else 'are'} as near within the error at {size[other[0]]}"
+        else:
+            line += f"; {subject} {'is' if len(other) == 1 else 'tie as'} smallest: {size[other[0]]}, "
+            line += f"KLD {number(kld[other[0]].value)}"
     room = _VERDICT_WIDTH - len(line.format(*[""] * len(named)))
     if sum(map(len, named)) > room:
         files = list(kld)
-        shorts = dict(zip(files, short_names(files, room // len(named)), strict=True))
-        named = [shorts[name] for name in named]
+        width = room // len(named)
+        shorts = dict(zip(files, short_names(files, width), strict=True))
+        named = [shortened(shorts[name], width) for name in named]
     return line.format(*named)
 
 
+def _subject(names: list[str]) -> tuple[str, list[str]]:
+    """A place for one name or two, and the names to put there."""
+    if len(names) == 2:
+        return "{} and {}", names
+    return "{}" + (f" and {len(names) - 1} more" if len(names) > 2 else ""), names[:1]
+
+
 def _choice(comparison: Comparison) -> Finding:
-    kld, front = kld_of(comparison), pareto(comparison)
+    kld, places = kld_of(comparison), front_by_place(comparison)
+    front = [name for names in places for name in names]
     size = {name: comparison.candidate(name).n_bytes for name in kld}
     told = [f"{name} ({in_bytes(size[name])}, KLD {number(kld[name].value)})" for name in front]
     if len(kld) == 1:
         return Finding("One file", f"{told[0]} is held against the reference alone; no other file was judged.")
-    if len(front) == len(kld):
+    if len(front) == len(kld) and len(places) == 1:
+        first = f"All {len(kld)} files tie: they have the same size and the same KLD."
+    elif len(front) == len(kld):
         first = (
             f"Each of the {len(kld)} files is the best of its size: none is both smaller and nearer to the reference."
         )
-    elif len(front) == 1:
-        first = f"Of {len(kld)} files, none is smaller than the best one, and none is nearer to the reference."
+    elif len(places) == 1:
+        best = "best one" if len(front) == 1 else f"best {len(front)}, which tie"
+        first = f"Of {len(kld)} files, none is smaller and none nearer to the reference than the {best}."
     else:
         first = f"{len(front)} of {len(kld)} files are worth choosing from: no other is both smaller and nearer."
     # With many, the ends and the steps between them say enough; the table marks all.
-    text = f"{first} {'From the smallest: ' if len(front) > 1 else 'It is '}{listed(told, 8)}."
+    lead = "From the smallest: " if len(places) > 1 else "They are " if len(front) > 1 else "It is "
+    text = f"{first} {lead}{listed(told, 8)}."
+    ties = [listed(names, 3) for names in places if len(names) > 1]
+    if ties and len(places) > 1:
+        text += f" Of the same size and KLD, so that they tie: {'; '.join(ties)}."
     losers: dict[str, list[str]] = {}
     for name in kld:
         if name not in front:
             by = min((other for other in front if beats(size, kld, other, name)), key=lambda n: kld[n].value)
             losers.setdefault(by, []).append(name)
     beaten = [f"{listed(names, 3)} by {by}" for by, names in losers.items()]
-    if beaten and len(front) > 1:
+    if beaten and len(places) > 1:
         text += f" Beaten in both: {'; '.join(beaten[:3])}{'; and others' if len(beaten) > 3 else ''}."
     return Finding("Which file", text)
 
 
 def _certainty(comparison: Comparison) -> Finding:
     kld, front = kld_of(comparison), pareto(comparison)
-    n_scored = f"{comparison.text.n_scored:,} scored tokens"
+    n_scored = count(comparison.text.n_scored, "scored token")
+    if too_few(comparison):
+        return Finding("How certain", f"Nothing is: from {n_scored} a standard error means nothing.")
     if len(kld) == 1:
         ((_, only),) = kld.items()
         return Finding("How certain", f"The mean KLD is {estimate(only)}, from {n_scored}.")
     size = {name: comparison.candidate(name).n_bytes for name in kld}
-    neighbours = list(pairwise(front))
-    alike = [(a, b) for a, b in neighbours if not differs(kld[a], kld[b])]
+    neighbours = list(pairwise(names[0] for names in front_by_place(comparison)))
+    alike = [(a, b) for a, b in neighbours if not differs(comparison, kld[a], kld[b])]
     beaten = [name for name in kld if name not in front]
     close = [
         name
         for name in beaten
-        if not any(beats(size, kld, other, name) and differs(kld[other], kld[name]) for other in kld)
+        if not any(beats(size, kld, other, name) and differs(comparison, kld[other], kld[name]) for other in kld)
     ]
     text = f"A difference counts where it exceeds twice its standard error, from {n_scored}. "
     if not neighbours:
         pass
     elif not alike:
-        text += "Every step along the list above does. "
+        text += "Of the files that no other beats, each is nearer than the next smaller one by more than that. "
     else:
         pairs = [f"{a} and {b} ({estimate(kld[a])} and {estimate(kld[b])})" for a, b in alike]
         text += f"Not told apart by KLD, so that the smaller is the better choice: {listed(pairs, 3)}. "
@@ -137,6 +174,8 @@ def _alphaq(comparison: Comparison) -> Finding | None:
     mine = [name for name in kld if comparison.candidate(name).origin == "alphaq"]
     if not mine or len(mine) == len(kld):
         return None
+    if too_few(comparison):
+        return Finding("AlphaQ against the others", "Too few tokens were scored to say.")
     results: dict[str, dict[str, list[tuple[float, str, str]]]] = {}
     for name in mine:
         for rival in kld:
@@ -174,8 +213,8 @@ def _duel(comparison: Comparison, kld: dict[str, Estimate], name: str, rival: st
     ratio = comparison.candidate(rival).n_bytes / comparison.candidate(name).n_bytes - 1
     nearer = kld[name].value < kld[rival].value
     if abs(ratio) <= _EQUAL_SIZE:
-        return ("wins" if nearer else "loses") if differs(kld[name], kld[rival]) else "ties"
-    if not differs(kld[name], kld[rival]) or nearer != (ratio > 0):
+        return ("wins" if nearer else "loses") if differs(comparison, kld[name], kld[rival]) else "ties"
+    if not differs(comparison, kld[name], kld[rival]) or nearer != (ratio > 0):
         return None
     return "wins" if nearer else "loses"
 
@@ -230,8 +269,14 @@ def _speed(comparison: Comparison) -> Finding | None:
         f"(median; {number(rate.least)} to {number(rate.most)})."
     )
     close = sum(other.most >= rate.least for other, _ in timed[1:])
-    others = count(len(timed) - 1, "other measurement")
-    return Finding("Speed", f"{text} The range of {close} of {others} overlaps with that.")
+    n_others = len(timed) - 1
+    if n_others == 1:
+        overlap = f"The range of the other measurement {'overlaps' if close else 'does not overlap'} with that."
+    elif close in (0, n_others):
+        overlap = f"The ranges of {'all' if close else 'none'} of the {n_others} other measurements overlap with that."
+    else:
+        overlap = f"Of the ranges of the {n_others} other measurements, {close} overlap{'s' * (close == 1)} with that."
+    return Finding("Speed", f"{text} {overlap}")
 
 
 def _broken(comparison: Comparison) -> Finding | None:

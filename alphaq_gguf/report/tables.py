@@ -17,10 +17,11 @@ _NONE = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; `hint` is what it means, in a few words."""
+    """A heading; `hint` is what it means, in a few words. `is_text` where its cells are words."""
 
     title: str
     hint: str = ""
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,18 @@ def _worst_layer(_candidate: Candidate, evaluation: Evaluation) -> str:
     return f"{percent(share)} (layer {layer})"
 
 
+_KLD = _Measure(
+    "Mean KLD",
+    "nats per token",
+    lambda c, e: e.divergence.kld.value,
+    lambda c, e: estimate(e.divergence.kld),
+    "low",
+)
 _QUALITY = (
     _Measure("Size", "of the whole file", lambda c, e: c.n_bytes, lambda c, e: in_bytes(c.n_bytes), "low"),
     _Measure("bpw", "stored bits per weight of the file", lambda c, e: c.bpw, lambda c, e: number(c.bpw)),
     _Measure("Expert bpw", "of the experts", lambda c, e: c.expert_bpw, lambda c, e: number(c.expert_bpw)),
     _Measure("PPL", "perplexity", lambda c, e: e.perplexity.value, lambda c, e: estimate(e.perplexity), "low"),
-    _Measure(
-        "Mean KLD",
-        "nats per token",
-        lambda c, e: e.divergence.kld.value,
-        lambda c, e: estimate(e.divergence.kld),
-        "low",
-    ),
     _Measure(
         "Median",
         "of the KLD",
@@ -142,7 +143,12 @@ _COST = (
 def quality_table(comparison: Comparison) -> Table:
     """Size and nearness to the reference, a row per file and engine."""
     caption = "Size, and nearness to the reference, of each file in each engine"
-    return _measured("quality", caption, comparison, _QUALITY)
+    table = _measured("quality", caption, comparison, (_KLD, *_QUALITY))
+    # Beside the name, where a narrow screen shows it.
+    table.columns.insert(2, table.columns.pop(3))
+    for cells in table.rows:
+        cells.insert(2, cells.pop(3))
+    return table
 
 
 def cost_table(comparison: Comparison) -> Table:
@@ -150,7 +156,7 @@ def cost_table(comparison: Comparison) -> Table:
     table = _measured("cost", "Speed and memory of each file in each engine", comparison, _COST)
     rows = ordered(comparison)
     if any(evaluation.notes or evaluation.speed for _, evaluation in rows):
-        table.columns.append(Column("Notes"))
+        table.columns.append(Column("Notes", is_text=True))
         for cells, (_, evaluation) in zip(table.rows, rows, strict=True):
             setting = (evaluation.speed.setting,) if evaluation.speed and evaluation.speed.setting else ()
             cells.append(Cell("; ".join((*setting, *evaluation.notes)), is_long=True))
@@ -184,7 +190,7 @@ def _measured(name: str, caption: str, comparison: Comparison, measures: Sequenc
         ]
         for candidate, evaluation in pairs
     ]
-    columns = [Column("#"), Column("File"), Column("Engine")]
+    columns = [Column(title, is_text=True) for title in ("#", "File", "Engine")]
     for measure in measures:
         values = [measure.value(*pair) for pair in pairs]
         if all(value is None for value in values):
@@ -219,11 +225,12 @@ def engines_table(comparison: Comparison) -> Table | None:
         ]
         for cross in comparison.cross
     ]
-    titles = ("#", "File", "Engines", "Mean KLD", "Top-1, %")
+    columns = [Column(title, is_text=True) for title in ("#", "File", "Engines")]
+    columns += [Column("Mean KLD"), Column("Top-1, %")]
     caption = (
         "Mean KLD of the second engine from the first on the same file, and how often their likeliest tokens agree"
     )
-    return Table("engines", caption, [Column(title) for title in titles], rows)
+    return Table("engines", caption, columns, rows)
 
 
 def tasks_table(comparison: Comparison) -> Table | None:
@@ -238,7 +245,7 @@ def tasks_table(comparison: Comparison) -> Table | None:
         [Cell(str(number_of.get(file, _NONE))), Cell(file, heading=True), Cell(ENGINES.get(engine, engine))]
         for file, engine in places
     ]
-    columns = [Column("#"), Column("File"), Column("Engine")]
+    columns = [Column(title, is_text=True) for title in ("#", "File", "Engine")]
     for task in tasks:
         columns.append(Column(task[0], f"{task[1]}, %, n = {task[2]:,}"))
         found = [scores.get((*place, task)) for place in places]

@@ -54,6 +54,11 @@ def percent(share: float) -> str:
     return f"{share * 100:.{1 if near >= 1 or near == 0 else 2}f} %"
 
 
+def quoted(name: str) -> str:
+    """A name in a sentence, where it could be taken for one of its words."""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
+
+
 def count(n: int, noun: str, plural: str = "") -> str:
     """`1 file`, `2 files`."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"

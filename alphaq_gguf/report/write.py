@@ -86,7 +86,8 @@ def _page(
         ("reading", "How to read the KLD"),
     )
     contents = [("summary", "Summary"), ("table", "All figures"), *((s["name"], s["title"]) for s in shown), *last]
-    reference = comparison.reference
+    reference, text = comparison.reference, comparison.text
+    own = "text that the reference wrote itself"
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         css=Markup(environment.get_template("report.css").render(palette=PALETTE)),
@@ -99,6 +100,7 @@ def _page(
         contents=contents,
         engines=engines_table(comparison),
         tasks=tasks_table(comparison),
+        texts=[own if text.is_own and name == "self" else name for name in text.names],
         reference_engine=_REFERENCE_ENGINES.get(reference.engine, reference.engine),
         reference_perplexity=estimate(reference.perplexity),
         json_name=json_name,

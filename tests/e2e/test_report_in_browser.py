@@ -384,6 +384,41 @@ def test_a_phone_scrolls_tables_and_figures_but_not_the_page(browser, folder, na
     assert sum(client < scroll for client, scroll in inside) > 5
 
 
+@pytest.mark.parametrize("width", [360, 390])
+def test_a_phone_shows_the_klds_and_says_that_figures_scroll(browser, folder, width):
+    show(browser, folder / "few.html", width=width)
+    edges = browser.execute_script(
+        """
+        const table = document.querySelector('#table-quality'), titles = [...table.tHead.rows[0].cells];
+        const column = titles.findIndex(t => t.firstChild.data == 'Mean KLD');
+        const right = [...table.rows].map(r => {
+          const range = document.createRange();
+          range.selectNodeContents(r.cells[column]);
+          return [range.getBoundingClientRect().left, r.cells[column].getBoundingClientRect().right];
+        });
+        return [right, table.rows[1].cells[1].getBoundingClientRect().right];
+        """
+    )
+    assert len(edges[0]) == 11
+    assert all(edges[1] <= left and right <= width for left, right in edges[0])
+    assert set(hints(browser)) == {(True, True)}
+
+
+def test_a_page_that_is_wide_enough_says_nothing_of_scrolling(browser, folder):
+    show(browser, folder / "few.html")
+    assert set(hints(browser)) == {(False, False)}
+
+
+def hints(browser: Any) -> list[tuple[bool, bool]]:
+    """Of each figure, whether it scrolls, and whether it says so."""
+    found = browser.execute_script(
+        "return [...document.querySelectorAll('figure .scroll')].map(e => "
+        "[e.scrollWidth > e.clientWidth, getComputedStyle(e, '::before').content.includes('Scroll sideways')])"
+    )
+    assert len(found) > 5
+    return [(scrolls, told) for scrolls, told in found]
+
+
 def test_on_paper_the_page_is_light_and_whole(browser, folder):
     show(browser, folder / "many.html", scheme="dark", width=1000)
     browser.execute_script("document.querySelectorAll('details').forEach(e => e.open = false)")

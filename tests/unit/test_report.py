@@ -6,12 +6,14 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from xml.etree import ElementTree
 
 import pytest
-from comparisons import bare, candidate, comparison, evaluation, rich
+from comparisons import bare, candidate, comparison, evaluation, rich, speed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +21,11 @@ from alphaq_gguf.compare.data import CrossEngine, load_comparison
 from alphaq_gguf.errors import AlphaQError, OutputError, UsageError
 from alphaq_gguf.evaluate.metrics import Estimate
 from alphaq_gguf.report import verdict, write_report
-from alphaq_gguf.report.canvas import BITS, PALETTE
+from alphaq_gguf.report.canvas import BITS, PALETTE, SERIES
+from alphaq_gguf.report.figure_data import size_kld
+from alphaq_gguf.report.figures import draw
 from alphaq_gguf.report.ranking import chosen, pareto, with_short_names
-from alphaq_gguf.report.sections import sections
+from alphaq_gguf.report.sections import memory, sections
 from alphaq_gguf.report.summary import summarise
 from alphaq_gguf.report.tables import cost_table, engines_table, quality_table, tasks_table
 from alphaq_gguf.report.wording import estimate, in_bytes, number, percent, short_names
@@ -41,6 +45,11 @@ def finding(of, title: str) -> str:
     return text
 
 
+def scored_on(of, n_scored: int):
+    """The same from another number of tokens."""
+    return replace(of, text=replace(of.text, n_scored=n_scored))
+
+
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=9))
 def test_the_front_is_what_a_sweep_from_the_smallest_finds(places):
     files = [(f"{i}.gguf", size, kld / 10) for i, (size, kld) in enumerate(places)]
@@ -56,10 +65,10 @@ def test_the_front_is_what_a_sweep_from_the_smallest_finds(places):
 NAMES = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=120)
 
 
-@given(st.lists(NAMES, min_size=1, max_size=5, unique=True))
-def test_the_verdict_is_one_line_of_160_characters_however_long_the_names(names):
-    files = [(name, 100 + i, 0.5 / (i + 1)) for i, name in enumerate(names)]
-    line = verdict(of_files(*files))
+@given(st.lists(NAMES, min_size=1, max_size=5, unique=True), st.sampled_from([1, 2]), st.sampled_from([5, 5000]))
+def test_the_verdict_is_one_line_of_160_characters_however_long_the_names(names, n_tied, n_scored):
+    files = [(name, 100 + i // n_tied, 0.5 / (i // n_tied + 1)) for i, name in enumerate(names)]
+    line = verdict(scored_on(of_files(*files), n_scored))
     assert len(line) <= 160
     assert "KLD" in line
 
@@ -77,11 +86,71 @@ def test_the_verdict_names_the_nearest_and_the_smallest_or_one_as_near():
     assert verdict(alone) == "only.gguf: KLD 0.0400 (top token changes in 6.0 % of places) at 1.00 GiB"
 
 
+def test_files_of_equal_figures_tie():
+    three = of_files(("a", 1024, 0.04), ("b", 1024, 0.04), ("c", 2048, 0.5))
+    nearest = "KLD 0.0400 (top token changes in 6.0 % of places) at 1.00 GiB"
+    assert verdict(three) == f"a and b tie as nearest of 3: {nearest}"
+    assert finding(three, "Which file").startswith(
+        "Of 3 files, none is smaller and none nearer to the reference than the best 2, which tie. They are “a” (1.00"
+    )
+    all_equal = of_files(*((name, 1024, 0.04) for name in "abc"))
+    assert verdict(all_equal) == f"a and 2 more tie: {nearest}"
+    assert finding(all_equal, "Which file").startswith("All 3 files tie: they have the same size and the same KLD.")
+    assert "Not told apart" not in finding(all_equal, "How certain")
+    small = of_files(("a", 512, 0.5), ("b", 512, 0.5), ("c", 1024, 0.04))
+    assert verdict(small) == f"c is nearest of 3: {nearest}; a and b tie as smallest: 512 MiB, KLD 0.500"
+    assert finding(small, "Which file").endswith(" Of the same size and KLD, so that they tie: “a” and “b”.")
+    near = of_files(("a", 512, 0.0405), ("b", 512, 0.0405), ("c", 1024, 0.04))
+    assert verdict(near).endswith("; a and b are as near within the error at 512 MiB")
+
+
+def test_nothing_is_certain_from_ten_tokens():
+    origins = {"small": "alphaq", "big": "mse", "level": "mse"}
+    of = of_files(("small", 1024, 0.5), ("big", 2048, 0.04), ("level", 1024, 0.1), origins=origins)
+    few, enough = scored_on(of, 10), scored_on(of, 11)
+    assert verdict(few).endswith("; 10 scored tokens: too few to tell files apart")
+    assert finding(few, "How certain") == "Nothing is: from 10 scored tokens a standard error means nothing."
+    assert finding(few, "AlphaQ against the others") == "Too few tokens were scored to say."
+    assert verdict(enough).endswith("; level is smallest: 1.00 GiB, KLD 0.100")
+    assert "from 11 scored tokens. " in finding(enough, "How certain")
+    assert "loses 1" in finding(enough, "AlphaQ against the others")
+
+
+def test_words_say_how_many_ranges_of_speeds_overlap():
+    def told(*rates: float) -> str:
+        """Files that write so many tokens per second, give or take 1."""
+        runs = [evaluation(f"{i}", 0.1, speed=speed(rate, rate - 1, rate + 1)) for i, rate in enumerate(rates)]
+        text = finding(comparison([candidate(f"{i}", 10) for i in range(len(rates))], runs), "Speed")
+        return text[text.index(")") + 3 :]
+
+    assert told(20, 10) == "The range of the other measurement does not overlap with that."
+    assert told(20, 19) == "The range of the other measurement overlaps with that."
+    assert told(20, 10, 10) == "The ranges of none of the 2 other measurements overlap with that."
+    assert told(20, 19, 19) == "The ranges of all of the 2 other measurements overlap with that."
+    assert told(20, 19, 10) == "Of the ranges of the 2 other measurements, 1 overlaps with that."
+    assert told(20, 19, 19, 10) == "Of the ranges of the 3 other measurements, 2 overlap with that."
+
+
+def test_memory_says_which_process_it_is_of():
+    def caption(*runs) -> str:
+        (figure,) = memory(comparison([candidate("a", 10)], list(runs)))
+        return figure.caption
+
+    timed = evaluation("a", 0.1, speed=speed(20, 19, 21), peak_bytes=MIB)
+    judged = evaluation("a", 0.1, peak_bytes=MIB)
+    # PyTorch times a file in the process that judged it.
+    other = replace(timed, engine="pytorch")
+    assert caption(timed).startswith("Peak of a process that only ran the file, to time it. ")
+    assert caption(judged) == caption(other) == caption(judged, other)
+    assert caption(judged).startswith("Peak of the process that judged the file. ")
+    assert caption(timed, other).startswith("Peak, in llama.cpp where speed was measured, of a process that only ran")
+
+
 def test_files_that_give_no_number_are_named_and_left_out():
     of = of_files(("good.gguf", 10, 0.1), ("broken.gguf", 5, math.nan), failures={"gone.gguf": "no such file"})
     assert pareto(of) == ["good.gguf"]
     assert finding(of, "What failed") == (
-        "Could not be judged: gone.gguf. Gives no numbers (not finite): broken.gguf in llama.cpp."
+        "Could not be judged: gone.gguf. Gives no numbers (not finite): “broken.gguf” in llama.cpp."
     )
     nothing = of_files(("broken.gguf", 5, math.nan))
     assert verdict(nothing) == "no file could be judged"
@@ -91,20 +160,21 @@ def test_files_that_give_no_number_are_named_and_left_out():
 def test_words_say_which_file_is_beaten_and_by_which():
     of = of_files(("a", 10, 0.4), ("b", 20, 0.2), ("c", 30, 0.1), ("worse", 25, 0.3))
     assert finding(of, "Which file") == (
-        "3 of 4 files are worth choosing from: no other is both smaller and nearer. From the smallest: a (10.0 MiB, "
-        "KLD 0.400), b (20.0 MiB, KLD 0.200) and c (30.0 MiB, KLD 0.100). Beaten in both: worse by b."
+        "3 of 4 files are worth choosing from: no other is both smaller and nearer. From the smallest: “a” (10.0 MiB, "
+        "KLD 0.400), “b” (20.0 MiB, KLD 0.200) and “c” (30.0 MiB, KLD 0.100). Beaten in both: “worse” by “b”."
     )
 
 
 def test_words_say_where_a_difference_is_within_the_error():
     of = of_files(("a", 10, 0.1010), ("b", 20, 0.1), ("late", 30, 0.1005))
     text = finding(of, "How certain")
-    assert "Not told apart by KLD, so that the smaller is the better choice: a and b (0.1010 ± 0.0010" in text
-    assert "not measurably further from the reference: late" in text
+    assert "Not told apart by KLD, so that the smaller is the better choice: “a” and “b” (0.1010 ± 0.0010" in text
+    assert "not measurably further from the reference: “late”" in text
     clear = of_files(("a", 10, 0.4), ("b", 20, 0.2), ("late", 30, 0.3))
-    assert "Every step along the list above does. Every file that is beaten is beaten by more" in finding(
-        clear, "How certain"
-    )
+    assert (
+        "Of the files that no other beats, each is nearer than the next smaller one by more than that. "
+        "Every file that is beaten is beaten by more"
+    ) in finding(clear, "How certain")
 
 
 def test_words_say_plainly_where_alphaq_loses():
@@ -120,7 +190,7 @@ def test_words_say_plainly_where_alphaq_loses():
     )
     text = finding(of, "AlphaQ against the others")
     assert "of 2 pairs with mse it loses 1 and ties 1; of 1 pair with llama.cpp's presets it wins 1." in text
-    assert "The worst loss: a1 has KLD 0.300, m1 0.200 (1000 MiB and 1005 MiB)." in text
+    assert "The worst loss: “a1” has KLD 0.300, “m1” 0.200 (1000 MiB and 1005 MiB)." in text
     wins = of_files(("a", 10, 0.1), ("u", 10, 0.2), origins={"a": "alphaq", "u": "uniform"})
     assert finding(wins, "AlphaQ against the others").endswith("AlphaQ loses nowhere in this comparison.")
     apart = of_files(("a", 10, 0.2), ("u", 20, 0.1), origins={"a": "alphaq", "u": "uniform"})
@@ -133,12 +203,12 @@ def test_words_say_how_routers_and_engines_agree():
     runs = [evaluation("a", 0.5, routers={1: 0.5, 7: 0.7}), evaluation("b", 0.1, routers={1: 0.95, 7: 0.85})]
     near = CrossEngine("b", "pytorch", "llama.cpp", Estimate(0.009, 0.001), Estimate(0.99, 0.01))
     text = finding(comparison(files, runs, cross=(near,)), "Routers")
-    assert text.startswith("In b routers choose the same experts as the reference for 90.0 % of tokens on average")
-    assert "for 85.0 % in layer 7, the worst. In a routers" in text
+    assert text.startswith("In “b” routers choose the same experts as the reference for 90.0 % of tokens on average")
+    assert "for 85.0 % in layer 7, the worst. In “a” routers" in text
     assert "for 60.0 % of tokens on average over layers, for 50.0 % in layer 1" in text
     assert "less than a tenth" in finding(comparison(files, runs, cross=(near,)), "Engines")
     far = replace(near, kld=Estimate(0.011, 0.001))
-    assert "the engine matters to the result: b." in finding(comparison(files, runs, cross=(far,)), "Engines")
+    assert "the engine matters to the result: “b”." in finding(comparison(files, runs, cross=(far,)), "Engines")
 
 
 def test_llama_cpp_is_the_engine_to_go_by_where_it_ran_the_file():
@@ -192,10 +262,10 @@ def test_the_best_of_each_column_is_marked_and_unmeasured_columns_are_left_out()
     table = quality_table(of)
     titles = [column.title for column in table.columns]
     assert "Routers" not in titles
-    assert [[cell.text for cell in row][:4] for row in table.rows] == [
-        ["1", "a", "llama.cpp, cpu", "10.0 MiB"],
-        ["2", "b", "llama.cpp, cpu", "20.0 MiB"],
-        ["2", "b", "PyTorch, cpu", "20.0 MiB"],
+    assert [[cell.text for cell in row][:5] for row in table.rows] == [
+        ["1", "a", "0.3000 ± 0.0010", "llama.cpp, cpu", "10.0 MiB"],
+        ["2", "b", "0.1000 ± 0.0010", "llama.cpp, cpu", "20.0 MiB"],
+        ["2", "b", "0.1100 ± 0.0010", "PyTorch, cpu", "20.0 MiB"],
     ]
     best = {title: [row[i].best for row in table.rows] for i, title in enumerate(titles)}
     assert best["Size"] == [True, False, False]
@@ -230,9 +300,7 @@ def contrast(one: str, other: str) -> float:
     """By WCAG 2.2's definition of relative luminance."""
 
     def luminance(colour: str) -> float:
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+        return dot((0.2126, 0.7152, 0.0722), linear(colour))
 
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
@@ -248,6 +316,59 @@ def test_colours_of_the_page_have_one_role_each():
     fixed = [colour for pair in BITS.values() for colour in pair]
     assert len(set(light)) == len(light)
     assert not set(light) & set(fixed)
+
+
+def dot(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def linear(colour: str) -> list[float]:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+
+
+# What full dichromats see, from linear RGB (Machado, Oliveira and Fernandes, 2009).
+SEEN = {
+    "all colours": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "no green": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "no blue": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+
+
+def oklab(rgb: list[float]) -> tuple[float, ...]:
+    """Of linear RGB, by the definition of Oklab."""
+    to_cones = (
+        (0.4122214708, 0.5363325363, 0.0514459929),
+        (0.2119034982, 0.6806995451, 0.1073969566),
+        (0.0883024619, 0.2817188376, 0.6299787005),
+    )
+    to_lab = (
+        (0.2104542553, 0.7936177850, -0.0040720468),
+        (1.9779984951, -2.4285922050, 0.4505937099),
+        (0.0259040371, 0.7827717662, -0.8086757660),
+    )
+    cones = [math.cbrt(dot(row, rgb)) for row in to_cones]
+    return tuple(dot(row, cones) for row in to_lab)
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_eight_series_are_told_apart_from_each_other_and_from_the_page(scheme, seen):
+    colours = [both[scheme] for name, both in PALETTE.items() if name.startswith("series-")]
+    assert len(colours) == 8
+    assert min(contrast(colour, PALETTE["surface"][scheme]) for colour in colours) >= 3
+    labs = [oklab([min(1, max(0, dot(row, linear(colour)))) for row in SEEN[seen]]) for colour in colours]
+    # Black and white are 1 apart.
+    assert min(math.dist(a, b) for a, b in combinations(labs, 2)) > 0.095
+
+
+def test_eight_origins_have_eight_colours():
+    origins = ["preset Q4_K", "alphaq", "mse", "uniform", "random", "inverse-alpha", "self", "sim-routing"]
+    of = of_files(*((f"{i}", 10 + i, 0.1 + i) for i in range(8)), origins={f"{i}": o for i, o in enumerate(origins)})
+    svg = draw(size_kld(of)[0]).svg
+    points = [svg[svg.index(f'id="size-kld-point-{i}"') :] for i in range(1, 9)]
+    assert {next(iter(re.findall("fill: (#......)", point))) for point in points} == set(SERIES)
 
 
 class Elements(HTMLParser):
@@ -293,6 +414,16 @@ def test_names_of_files_are_text_and_nothing_else(evil):
     shown = " ".join((folder / "out-figures/histogram.svg").read_text(encoding="utf-8").split())
     assert "2 _hidden<" in shown
     assert "$a_b$" in shown
+
+
+def test_the_page_says_where_its_command_is_run_and_what_the_text_is(evil, tmp_path):
+    folder, of = evil
+    own = replace(of, text=replace(of.text, names=("self", "a.txt"), is_own=True))
+    write_report(tmp_path / "own.html", own)
+    page = Elements((tmp_path / "own.html").read_text(encoding="utf-8")).text
+    assert "text that the reference wrote itself, a.txt" in page
+    assert "in the directory that it was first run in; --force lets it replace this report" in page
+    assert "some text.txt" in Elements((folder / "out.html").read_text(encoding="utf-8")).text
 
 
 def test_ids_are_unique_and_every_reference_has_one(evil):
