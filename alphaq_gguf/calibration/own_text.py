@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..alone import alone
 from ..budget import make_units, matrices_bytes
 from ..checkpoint import Source
 from ..checkpoint.gguf import GGUFSource
@@ -40,13 +41,15 @@ def runnable(source: Source, directory: Path, threads: int, reporter: Reporter) 
         n_bytes = matrices_bytes(unit.matrices, qtype)
         units.append(RecipeUnit(unit.name, unit.bid, unit.proj, unit.n_weights, qtype, n_bytes))
     recipe = Recipe("", source.fingerprint, source.architecture, {}, {}, tuple(units), tensors)
-    path = directory / f"temporary-{source.fingerprint[:24]}.gguf"
-    try:
-        reporter.note(f"Writing a temporary GGUF with 8-bit experts, for the model to run in llama.cpp: {path}")
-        convert(source, recipe, path, force=True, threads=threads, reporter=reporter)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+    home = directory / f"own-text-{source.fingerprint[:24]}"
+    path = home / "temporary.gguf"
+    with alone(home, reporter):
+        try:
+            reporter.note(f"Writing a temporary GGUF with 8-bit experts, for the model to run in llama.cpp: {path}")
+            convert(source, recipe, path, force=True, threads=threads, reporter=reporter)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def own_windows(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,20 +164,15 @@ def _add_importance(params: Any, source: Source, path: Path) -> list[Any]:
     return [known, entries, pairs]
 
 
-@contextmanager
-def float_file(source: Source, directory: Path, reporter: Reporter) -> Iterator[Path]:
-    """A float GGUF of `source`: itself if it is one, else a temporary one in `directory`, of the same values."""
+def float_file(source: Source, directory: Path, reporter: Reporter) -> Path:
+    """A float GGUF of `source`: itself if it is one, else one of the same values in `directory`, unless it is there."""
     if isinstance(source, GGUFSource) and all(info.qtype in FLOAT_TYPES for info in source.tensors.values()):
-        yield source.files[0]
-        return
+        return source.files[0]
     path = directory / f"floats-{source.fingerprint[:24]}.gguf"
-    try:
-        if not path.exists():
-            reporter.note(f"Writing a temporary float GGUF, for llama.cpp's quantiser: {path}")
-            _write_floats(source, path, reporter)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+    if not path.exists():
+        reporter.note(f"Writing a temporary float GGUF, for llama.cpp's quantiser: {path}")
+        _write_floats(source, path, reporter)
+    return path
 
 
 def _write_floats(source: Source, out: Path, reporter: Reporter) -> None:

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ..alone import alone
 from ..calibration.own_text import OWN
 from ..checkpoint import Source
 from ..checkpoint.huggingface import HuggingFaceSource
 from ..evaluate.base_file import BaseFile, BaseWriter
+from ..evaluate.isolated import run_isolated
 from ..evaluate.metrics import TOKEN, Estimate, compress, own_loss, row_words, scored, summarize
 from ..evaluate.routes_file import RoutesFile, RoutesWriter
 from ..reporter import Reporter, Silent
 from ..text_windows import cut_texts
 from ..writer import write_atomically
-from .alone import alone
 from .data import ReferenceInfo, TextInfo
 from .texts import open_vocabulary
 
@@ -93,7 +94,8 @@ def make_reference(
                 work_dir.mkdir(exist_ok=True)
                 _run_layers(source, windows, n_vocab, base, routes, work_dir, device, batch, reporter)
             elif not base.is_file():
-                _run_windows(source, windows, n_vocab, base, routes, threads, gpu_layers, exact, reporter)
+                running = source.files[0], source.name, windows, n_vocab, base, routes, threads, gpu_layers, exact
+                run_isolated(_run_windows, *running, label=f"{source.files[0]}, the reference", reporter=reporter)
             shutil.rmtree(work_dir, ignore_errors=True)
             perplexity = _own_perplexity(BaseFile(base), reporter)
             versions = {name: _version(name) for name in packages}
@@ -154,7 +156,8 @@ def _run_layers(
 
 
 def _run_windows(
-    source: Source,
+    gguf: Path,
+    name: str,
     windows: np.ndarray,
     n_vocab: int,
     base: Path,
@@ -164,7 +167,7 @@ def _run_windows(
     exact: bool,
     reporter: Reporter,
 ) -> None:
-    """Write `base` and `routes`, window by window in llama.cpp."""
+    """Write `base` and `routes`, window by window in llama.cpp, in a process of its own."""
     from ..evaluate.engines import LlamaEngine
 
     n_windows, n_ctx = windows.shape
@@ -172,8 +175,8 @@ def _run_windows(
     part = scored(n_ctx)
     with (
         BaseWriter(base, windows, n_vocab) as writer,
-        LlamaEngine(source.files[0], n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, exact=exact) as engine,
-        reporter.task(f"Running {source.name}", n_windows, "windows") as advance,
+        LlamaEngine(gguf, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, exact=exact) as engine,
+        reporter.task(f"Running {name}", n_windows, "windows") as advance,
     ):
         advance(writer.n_done)
         for i in range(writer.n_done, n_windows):
@@ -186,7 +189,7 @@ def _run_windows(
             writer.append(compress(logits[part]))
             advance(1)
         for note in engine.notes:
-            reporter.warn(f"{source.name}: {note}")
+            reporter.warn(f"{name}: {note}")
 
 
 def _own_perplexity(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..allocation import TOOL
+from ..alone import alone
 from ..checkpoint import Source
 from ..checkpoint.huggingface import HuggingFaceSource
 from ..errors import AlphaQError, UsageError
@@ -25,7 +26,6 @@ from ..measurements import AlphaSettings
 from ..pipeline import measure_source
 from ..reporter import Reporter, Silent
 from ..writer import check_space, write_atomically
-from .alone import alone
 from .candidates import describe_candidate
 from .data import Candidate, Comparison, CrossEngine, Evaluation, ProjectionAlphas, TaskScore, from_plain
 from .evaluation import Found, Job, run_job

@@ -6,12 +6,13 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..alone import alone
 from ..checkpoint import Source
 from ..encode import Encoder, find_encoder
 from ..errors import AlphaQError, BudgetError, ConnectionLostError, OutputError
@@ -53,15 +54,19 @@ def sweep(
     encoder = encoder or find_encoder()
     judged: dict[str, Judged] = {}
     failures: dict[str, str] = {}
-    with Maker(source, settings.allocation, encoder, device, threads, cache_dir, reporter) as maker:
-        known = _Known(cache_dir / f"sweep-{source.fingerprint[:24]}.jsonl", again=judge.settings.again)
+    home = _home(source, cache_dir)
+    with ExitStack() as stack:
+        stack.enter_context(alone(home, reporter))
         if keep is not None:
-            _check_kept(rows, keep, known, force, source)
+            check_kept(source, settings, keep, cache_dir=cache_dir, force=force)
+        known = _Known(home, again=judge.settings.again)
+        making = source, settings.allocation, encoder, device, threads, cache_dir, home, reporter
+        maker = stack.enter_context(Maker(*making))
         for i, row in enumerate(rows):
             reporter.note(f"{row.name} ({i + 1} of {len(rows)})")
             try:
                 row = _sized(row, judged)
-                judged[row.name] = _finish(row, maker, judge, known, keep, force)
+                judged[row.name] = _finish(row, maker, judge, known, home, keep, force)
             except (OutputError, ConnectionLostError):
                 # The next file would fare no better, and the same command goes on from here.
                 raise
@@ -87,7 +92,7 @@ def _sized(row: Row, judged: dict[str, Judged]) -> Row:
     return replace(row, allocation=replace(row.allocation, size_bytes=judged[row.size_of].candidate.n_bytes))
 
 
-def _finish(row: Row, maker: Maker, judge: Judge, known: _Known, keep: Path | None, force: bool) -> Judged:
+def _finish(row: Row, maker: Maker, judge: Judge, known: _Known, home: Path, keep: Path | None, force: bool) -> Judged:
     """The figures of a file, from an earlier run or by making and judging it now."""
     key = _digest([_SCHEMA, row.name, maker.identity(row), _identity(judge)])
     found = known.get(key)
@@ -95,10 +100,10 @@ def _finish(row: Row, maker: Maker, judge: Judge, known: _Known, keep: Path | No
     if found is not None and (kept is None or _fingerprint(kept) == found.candidate.fingerprint):
         return found
     # A file of an earlier run that is judged on something else now is made again.
-    if kept is not None and _fingerprint(kept) not in {judged.candidate.fingerprint for judged in known.all()}:
+    if kept is not None and _fingerprint(kept) not in known.fingerprints:
         check_output(kept, force=force, inputs=maker.source.files)
     # A directory of its own, on the file system where the file may stay: what an interrupted run left in it is whole.
-    directory = (keep or maker.cache_dir) / f"sweep-{key}"
+    directory = (keep or home) / f"sweep-{key}"
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / row.file_name
     try:
@@ -115,16 +120,21 @@ def _finish(row: Row, maker: Maker, judge: Judge, known: _Known, keep: Path | No
     return judged
 
 
-def _check_kept(rows: Sequence[Row], keep: Path, known: _Known, force: bool, source: Source) -> None:
-    """OutputError for a file in `keep` that would be replaced, before the long work."""
+def check_kept(source: Source, settings: SweepSettings, keep: Path, *, cache_dir: Path, force: bool) -> None:
+    """OutputError before the long work: for a `keep` that is no directory, or a file in it that would be replaced."""
     try:
         keep.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{keep}: cannot be made: {error.strerror}", "choose another directory") from None
-    ours = {judged.candidate.fingerprint for judged in known.all()}
-    for path in (keep / row.file_name for row in rows):
+    ours = _Known(_home(source, cache_dir)).fingerprints
+    for path in (keep / row.file_name for row in plan_rows(settings)):
         if _fingerprint(path) not in ours:
             check_output(path, force=force, inputs=source.files)
+
+
+def _home(source: Source, cache_dir: Path) -> Path:
+    """Where sweeps of `source` keep what is theirs, one of them at a time."""
+    return cache_dir / f"sweep-{source.fingerprint[:24]}"
 
 
 def _fingerprint(path: Path) -> str | None:
@@ -138,16 +148,23 @@ def _fingerprint(path: Path) -> str | None:
 
 
 class _Known:
-    """Figures of earlier runs by key, a JSON object a line; `again` leaves them aside, and adds to them still."""
+    """Figures of earlier runs by key, a JSON object a line in the directory `home`.
 
-    def __init__(self, path: Path, *, again: bool) -> None:
-        self._path = path
+    `again` leaves them aside, and adds to them still. `fingerprints` are those of all files that sweeps made.
+    """
+
+    def __init__(self, home: Path, *, again: bool = False) -> None:
+        self._path = home / "judged.jsonl"
         self._judged: dict[str, Judged] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() and not again else []
-        for line in lines:
+        self.fingerprints: set[str] = set()
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []:
             try:
                 entry = json.loads(line)
-                self._judged[entry["key"]] = from_plain(Judged, entry["judged"])
+                judged = from_plain(Judged, entry["judged"])
+                self.fingerprints.add(judged.candidate.fingerprint)
+                # Where an engine failed, the judge knows whether that is final.
+                if not (again or judged.failures):
+                    self._judged[entry["key"]] = judged
             except (json.JSONDecodeError, KeyError, TypeError):
                 # Cut short when a run was killed, or of a version that kept something else.
                 continue
@@ -155,14 +172,11 @@ class _Known:
     def get(self, key: str) -> Judged | None:
         return self._judged.get(key)
 
-    def all(self) -> list[Judged]:
-        return list(self._judged.values())
-
     def add(self, key: str, judged: Judged) -> None:
         if self._judged.get(key) == judged:
             return
         self._judged[key] = judged
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self.fingerprints.add(judged.candidate.fingerprint)
         with self._path.open("a", encoding="utf-8") as file:
             # The break comes first, so that a line cut short spoils no other.
             file.write("\n" + json.dumps({"key": key, "judged": asdict(judged)}))

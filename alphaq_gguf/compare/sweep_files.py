@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from ..allocation import TOOL
+from ..budget import make_problem, make_units, size_range
 from ..calibration.imatrix import open_importance
 from ..calibration.store import load_calibration
 from ..checkpoint import Source
 from ..checkpoint.huggingface import HuggingFaceSource
 from ..encode import Encoder, library_version
 from ..errors import AlphaQError, UsageError
+from ..layout import alignment_of
 from ..pipeline import AllocationSettings, allocate, convert
 from ..recipe import save_recipe
-from ..reporter import Reporter
+from ..reporter import Reporter, Silent
+from ..signals import needs_of, read_calibration
 from ..strategies import STRATEGIES
 from ..tensor_types import choose_types
 from ..writer import replacing
@@ -61,6 +63,12 @@ class SweepSettings:
                 "nothing to compare", "give budgets, for example --bpw 3,3.5,4, or --presets Q3_K_M,Q4_K_M"
             )
         common = self.allocation
+        for name in self.strategies if self.bpws or self.sizes_of_presets else ():
+            needs = needs_of(STRATEGIES[name], common)
+            try:
+                read_calibration(source, common, needs, Silent())
+            except UsageError as error:
+                raise UsageError(f"strategy {name!r}: {error.message}", error.hint) from None
         if common.granularity != "stack" and not isinstance(source, HuggingFaceSource):
             raise UsageError(
                 f"{source.label}: with a type per expert a model runs in PyTorch, from a Hugging Face directory",
@@ -71,6 +79,21 @@ class SweepSettings:
             open_importance(common.imatrix, source)
         if common.calibration is not None:
             load_calibration(common.calibration, source)
+
+    def remarks(self, source: Source) -> list[str]:
+        """What to know before the work: budgets that cannot be spent."""
+        if not self.bpws:
+            return []
+        common = replace(self.allocation, bpw=0.0)
+        _, fixed = choose_types(source, common.overrides)
+        units = make_units(source.stacks, fixed, common.types, common.granularity)
+        most = size_range(make_problem(units, common, alignment_of(source)))[1]
+        most_bpw = most * 8 / sum(unit.n_weights for unit in units)
+        # A hair is what rounding makes of a budget that is just the most.
+        above = [f"{bpw:g}" for bpw in dict.fromkeys(self.bpws) if bpw > most_bpw * (1 + 1e-9)]
+        if not above:
+            return []
+        return [f"a budget of {', '.join(above)} bits per expert weight: the types allow no more than {most_bpw:g}"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +130,10 @@ def plan_rows(settings: SweepSettings) -> list[Row]:
 
 
 class Maker:
-    """Makes files of `source`, with what they have in common; leaving it removes what is temporary."""
+    """Makes files of `source`, with what they have in common.
+
+    What presets are made from lies in the directory `work_dir`; leaving it removes that, but for an interruption.
+    """
 
     def __init__(
         self,
@@ -117,23 +143,26 @@ class Maker:
         device: str,
         threads: int,
         cache_dir: Path,
+        work_dir: Path,
         reporter: Reporter,
     ) -> None:
         self.source = source
-        self.cache_dir = cache_dir
+        self._cache_dir = cache_dir
+        self._work_dir = work_dir
         self._common = common
         self._encoder = encoder
         self._device = device
         self._threads = threads
         self._reporter = reporter
-        self._stack = ExitStack()
         self._inputs = {name: _digest_file(getattr(common, name)) for name in _INPUTS}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            for path in self._work_dir.glob("floats-*"):
+                path.unlink()
 
     def identity(self, row: Row) -> Any:
         """All that the bytes of a file depend on, as plain values."""
@@ -159,7 +188,7 @@ class Maker:
         recipe = allocate(
             self.source,
             row.allocation,
-            cache_dir=self.cache_dir,
+            cache_dir=self._cache_dir,
             encoder=self._encoder,
             device=self._device,
             threads=self._threads,
@@ -183,8 +212,7 @@ class Maker:
     @cached_property
     def _floats(self) -> Path:
         """What presets are made from, written once and gone when the sweep ends."""
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        return self._stack.enter_context(float_file(self.source, self.cache_dir, self._reporter))
+        return float_file(self.source, self._work_dir, self._reporter)
 
 
 def _digest_file(path: Path | None) -> str | None:

@@ -153,24 +153,13 @@ def test_an_importance_matrix_rounds_better_where_it_matters(
 
 def test_a_model_can_write_the_text_itself(trained: Path, tmp_path: Path, cli) -> None:
     cache = tmp_path / "cache"
-    arguments = (
-        "--strategy",
-        "self",
-        "--granularity",
-        "expert",
-        "--bpw",
-        3.3,
-        "--cache-dir",
-        cache,
-        "--threads",
-        1,
-        "--json",
-    )
+    arguments = ("--strategy", "self", "--granularity", "expert", "--bpw", 3.3, "--threads", 1, "--cache-dir", cache)
+    arguments = (*arguments, "--json")
     code, out, err = cli("allocate", trained, *arguments)
     assert code == 0, err
     assert "Writing text" in err
     weights = [u["sensitivity"] for u in json.loads(out)["units"] if u["tensor"] == STACKS[0]]
-    assert not list(cache.glob("*temporary*"))
+    assert not list(cache.rglob("*temporary*"))
     code, again, err = cli("allocate", trained, *arguments)
     assert code == 0, err
     assert "Writing text" not in err

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,20 +41,26 @@ NAMES = ["preset-Q3_K_M", "preset-Q4_K_M", "mse-3bpw", "mse-as-Q3_K_M", "mse-as-
 
 @dataclass
 class Recorder:
-    """A reporter that notes what is done, and interrupts the run when it hears `stop`."""
+    """A reporter that notes what is done; at `stop` it interrupts the run, at `kill` it kills the process at work."""
 
     stop: str = ""
+    kill: str = ""
     tasks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         self.tasks.append(label)
         if label == self.stop:
             raise KeyboardInterrupt
+        if label == self.kill:
+            for children in Path("/proc/self/task").glob("*/children"):
+                for child in children.read_text(encoding="ascii").split():
+                    os.kill(int(child), signal.SIGKILL)
         yield lambda amount: None
 
     def note(self, message: str) -> None:
-        pass
+        self.notes.append(message)
 
     def warn(self, message: str) -> None:
         pass
@@ -72,14 +82,14 @@ class Place:
     cache: Path
     keep: Path
 
-    def sweep(self, settings: SweepSettings, engine: str = "llama", **options: Any) -> tuple[Comparison, Recorder]:
+    def sweep(self, settings: SweepSettings, *engines: str, **options: Any) -> tuple[Comparison, Recorder]:
         recorder = options.pop("recorder", None) or Recorder()
         source = open_source(self.model)
         windows = options.pop("windows", N_WINDOWS)
         reference = make_reference(
             source, [self.model / "heldout.txt"], n_ctx=N_CTX, max_windows=windows, cache_dir=self.cache
         )
-        judging = JudgeSettings(engines=(engine,), threads=1, speed_runs=0)
+        judging = JudgeSettings(engines=engines or ("llama",), threads=1, speed_runs=0)
         judge = Judge(reference, source, judging, cache_dir=self.cache, reporter=recorder)
         found = sweep(source, judge, settings, command="sweep", cache_dir=self.cache, reporter=recorder, **options)
         return found, recorder
@@ -112,8 +122,8 @@ def fresh(place: Place, swept: Comparison, tmp_path: Path) -> Place:
 
 def remains(place: Place) -> set[str]:
     """What lies around besides what is to stay."""
-    found = [path.name for path in place.cache.iterdir()] + [path.name for path in place.keep.glob("sweep-*")]
-    return {name for name in found if name.startswith(("sweep-", "floats-")) and not name.endswith(".jsonl")}
+    found = [*place.cache.glob("sweep-*/*"), *place.keep.glob("sweep-*")]
+    return {path.name for path in found} - {"judged.jsonl"}
 
 
 def test_each_file_has_its_name_its_origin_and_what_was_asked_of_it(swept: Comparison) -> None:
@@ -203,12 +213,62 @@ def test_an_interrupted_run_goes_on_where_it_stopped(swept: Comparison, fresh: P
     assert whole.evaluations[0].divergence == swept.evaluations[2].divergence
     assert remains(fresh) == set()
     # A process that is killed may leave a line cut short.
-    state = next(fresh.cache.glob("sweep-*.jsonl"))
+    state = next(fresh.cache.glob("sweep-*/judged.jsonl"))
     state.write_bytes(state.read_bytes()[:-100])
     again, recorder = fresh.sweep(settings)
     assert recorder.made == ["Writing"]
     assert again.evaluations == whole.evaluations
     assert fresh.sweep(settings)[1].made == []
+
+
+def test_a_float_model_is_not_written_again_after_an_interruption(swept: Comparison, fresh: Place) -> None:
+    stop = Recorder(stop="preset-Q3_K_M.gguf in llama.cpp")
+    with pytest.raises(KeyboardInterrupt):
+        fresh.sweep(PRESETS, recorder=stop)
+    assert stop.made == ["Writing", "Quantising to Q3_K_M"]
+    assert len([name for name in remains(fresh) if name.startswith("floats-")]) == 1
+    whole, recorder = fresh.sweep(PRESETS)
+    assert recorder.made == ["Quantising to Q4_K_M"]
+    assert whole.candidates == swept.candidates[:2]
+    assert remains(fresh) == set()
+
+
+FIRST = """
+import sys, time
+from pathlib import Path
+from alphaq_gguf.alone import alone
+from alphaq_gguf.reporter import Silent
+with alone(Path(sys.argv[1]), Silent()):
+    print("held", flush=True)
+    time.sleep(1)
+    Path(sys.argv[1], "judged.jsonl").write_bytes(Path(sys.argv[2]).read_bytes())
+"""
+
+
+def test_a_second_sweep_waits_and_knows_what_the_first_found(swept: Comparison, place: Place, fresh: Place) -> None:
+    (found,) = place.cache.glob("sweep-*/judged.jsonl")
+    home = fresh.cache / found.parent.name
+    with subprocess.Popen([sys.executable, "-c", FIRST, home, found], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        whole, recorder = fresh.sweep(PRESETS)
+    assert any(f"Waiting for another run, which is at work in {home}" in note for note in recorder.notes)
+    assert (recorder.made, recorder.judged) == ([], [])
+    assert whole.evaluations == swept.evaluations[:2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process as Linux shows it")
+def test_what_an_engine_failed_at_is_tried_again(swept: Comparison, fresh: Place) -> None:
+    settings = SweepSettings(strategies=("mse",), bpws=(3.0,), allocation=COMMON)
+    kill = Recorder(kill="mse-3bpw.gguf in pytorch")
+    half, _ = fresh.sweep(settings, "llama", "torch", keep=fresh.keep, recorder=kill)
+    assert list(half.failures or {}) == ["mse-3bpw in torch"]
+    assert [evaluation.engine for evaluation in half.evaluations] == ["llama.cpp"]
+    whole, _ = fresh.sweep(settings, "llama", "torch", keep=fresh.keep)
+    assert whole.failures is None
+    assert [evaluation.engine for evaluation in whole.evaluations] == ["llama.cpp", "pytorch"]
+    assert whole.candidates == half.candidates
+    assert fresh.sweep(settings, "llama", "torch", keep=fresh.keep)[1].made == []
 
 
 def test_a_file_in_the_way_is_found_before_the_work(fresh: Place) -> None:
@@ -235,12 +295,12 @@ def test_kept_files_are_judged_on_another_text_without_force(fresh: Place) -> No
 def test_a_type_per_expert_runs_in_pytorch(fresh: Place) -> None:
     common = AllocationSettings(granularity="expert")
     settings = SweepSettings(strategies=("mse",), bpws=(3.5,), allocation=common)
-    found, _ = fresh.sweep(settings, engine="torch", keep=fresh.keep)
+    found, _ = fresh.sweep(settings, "torch", keep=fresh.keep)
     assert [(e.file, e.engine) for e in found.evaluations] == [("mse-3.5bpw", "pytorch")]
     assert [candidate.granularity for candidate in found.candidates] == ["expert"]
     recipe = load_recipe(fresh.keep / "mse-3.5bpw.json")
     assert recipe.expert_bpw == found.candidate("mse-3.5bpw").expert_bpw <= 3.5
-    assert fresh.sweep(settings, engine="torch", keep=fresh.keep)[0].evaluations == found.evaluations
+    assert fresh.sweep(settings, "torch", keep=fresh.keep)[0].evaluations == found.evaluations
 
 
 def test_when_nothing_can_be_made_the_first_reason_is_told(fresh: Place) -> None:
@@ -256,8 +316,11 @@ def test_the_command_shows_all_by_size_and_marks_the_front(
     asked = ["--bpw", "1,3", "--strategy", "mse", "--presets", "q3_k_m,Q4_K_M", "--sizes-of-presets"]
     arguments = ["sweep", *place.arguments, *asked, "--tensor-type", OTHERS]
     code, out, err = cli(*arguments, "-o", report)
-    assert code == 0, err
-    assert "mse-1bpw: 1 bits per expert weight is impossible" in err
+    assert code == 1, err
+    reason = "mse-1bpw: 1 bits per expert weight is impossible: feasible are 2.625 to 8.5"
+    assert reason in err
+    assert reason in out.splitlines()
+    assert err.splitlines()[-1] == "error: 1 of 6 files could not be made or judged -> see the reasons above"
     # All of it is known.
     assert "Writing" not in err
     size = {candidate.name: candidate.n_bytes for candidate in swept.candidates}
@@ -274,7 +337,7 @@ def test_the_command_shows_all_by_size_and_marks_the_front(
     assert (written.candidates, written.evaluations) == (swept.candidates, swept.evaluations)
     assert all(name in report.read_text(encoding="utf-8") for name in NAMES)
     code, out, err = cli(*arguments, "--json")
-    assert code == 0, err
+    assert code == 1, err
     assert [candidate["name"] for candidate in json.loads(out)["candidates"]] == NAMES
 
 
@@ -313,3 +376,30 @@ def test_a_text_is_needed_and_a_type_per_expert_needs_a_checkpoint(swept: Compar
     code, _, err = cli("sweep", *arguments)
     assert code == 2
     assert "from a Hugging Face directory" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bpw", "3", "--strategy", "mse,pmq"], "strategy 'pmq': how text uses the experts is not known"),
+        (["--bpw", "3", "--strategy", "mse,moqa", "--granularity", "expert"], "strategy 'moqa': how text uses"),
+        (["--bpw", "3", "--strategy", "router-norm"], "router-norm orders the experts of a layer, but a stack has one"),
+        (["--presets", "Q4_0", "--keep", "FILE"], "file.txt: cannot be made: File exists -> choose another directory"),
+        (["--presets", "Q4_0", "--keep", "IN_THE_WAY"], "preset-Q4_0.gguf exists"),
+        (["--bpw", "8.5,20", "--keep", "FILE"], "20 bits per expert weight: the types allow no more than 8.5\n"),
+    ],
+)
+def test_what_is_wrong_shows_before_the_reference_runs(
+    options: list[str], message: str, trained: Path, tmp_path: Path, cli
+) -> None:
+    in_the_way = tmp_path / "keep" / "preset-Q4_0.gguf"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    file = tmp_path / "file.txt"
+    file.touch()
+    places = {"FILE": str(file), "IN_THE_WAY": str(in_the_way.parent)}
+    fresh = Place(trained, tmp_path / "cache", tmp_path)
+    code, _, err = cli("sweep", *fresh.arguments, *(places.get(option, option) for option in options))
+    assert code in (1, 2)
+    assert message in err
+    assert not list(fresh.cache.glob("reference-*"))

@@ -36,9 +36,7 @@ def source(trained: Path) -> Source:
 @pytest.fixture(scope="module")
 def floats(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("floats")
-    with float_file(source, directory, Silent()) as path:
-        # Beyond the block it is gone.
-        return path.rename(directory / "float.gguf")
+    return float_file(source, directory, Silent()).rename(directory / "float.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +113,18 @@ def test_the_float_file_holds_what_llama_cpps_converter_writes(tmp_path: Path) -
     model = build_moe(tmp_path / "model", dtype="bfloat16")
     theirs = tmp_path / "theirs.gguf"
     convert_with_llama_cpp(model, theirs, "bf16")
-    with float_file(open_source(model), tmp_path, Silent()) as path:
-        found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-        expected = {tensor.name: tensor for tensor in GGUFReader(theirs).tensors}
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert tensor.data.tobytes() == found[name].data.tobytes(), name
-        keys = [key for key in GGUFReader(path).fields if key.startswith("alphaq.")]
-        assert keys == ["alphaq.config"]
-        again = open_source(path)
-        with float_file(again, tmp_path, Silent()) as itself:
-            assert itself == path
-        assert path.exists()
-    assert not path.exists()
+    path = float_file(open_source(model), tmp_path, Silent())
+    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    expected = {tensor.name: tensor for tensor in GGUFReader(theirs).tensors}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.data.tobytes() == found[name].data.tobytes(), name
+    keys = [key for key in GGUFReader(path).fields if key.startswith("alphaq.")]
+    assert keys == ["alphaq.config"]
+    assert float_file(open_source(path), tmp_path, Silent()) == path
+    written = path.stat().st_mtime_ns
+    assert float_file(open_source(model), tmp_path, Silent()) == path
+    assert path.stat().st_mtime_ns == written
 
 
 def test_what_llama_cpp_refuses_is_told_in_its_words(floats: Path, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,7 +170,8 @@ def test_interrupted_anywhere_it_ends_the_same_and_is_then_reused(
     whole = make(path, text, tmp_path / "whole")
     breaks = [("Layer 0", 2), ("Layer 1", 1), ("Layer 1", 3), ("Logits", 1), ("Logits", 3), ("Logits", 3)]
     if kind == "gguf":
-        breaks = [("Running", 1), ("Running", 3), ("Running", 3)]
+        # Another process tells of its steps several at a time.
+        breaks = [("Running", 1)]
     for label, n in [*breaks, ("Reading", 2)]:
         with pytest.raises(KeyboardInterrupt):
             make(path, text, tmp_path / "cache", reporter=Recorder(label, n))
@@ -182,16 +187,58 @@ def test_interrupted_anywhere_it_ends_the_same_and_is_then_reused(
     assert same.info == whole.info
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "gguf"])
-def test_what_is_finished_is_not_run_again(kind: str, tiny: Path, text: Path, tmp_path: Path, cli) -> None:
-    path = tiny if kind == "checkpoint" else convert(cli, tiny, tmp_path / "f32.gguf")
-    name = {"checkpoint": "Logits of tiny-moe", "gguf": "Running f32.gguf"}[kind]
+def test_what_is_finished_is_not_run_again(tiny: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        make(path, text, tmp_path / "cache", reporter=Recorder(name, 3))
+        make(tiny, text, tmp_path / "cache", reporter=Recorder("Logits of tiny-moe", 3))
     resumed = Recorder()
-    make(path, text, tmp_path / "cache", reporter=resumed)
-    assert resumed.tasks == [name, "Reading base.kld"]
+    make(tiny, text, tmp_path / "cache", reporter=resumed)
+    assert resumed.tasks == ["Logits of tiny-moe", "Reading base.kld"]
     assert resumed.amounts[:4] == [2, 1, 1, 1]
+
+
+def test_windows_that_llama_cpp_has_run_it_does_not_run_again(tiny: Path, text: Path, tmp_path: Path, cli) -> None:
+    path = convert(cli, tiny, tmp_path / "f32.gguf")
+    whole = make(path, text, tmp_path / "cache")
+    expected = experts_of(whole)
+    # As a run leaves it that was interrupted in the third window, with marks on the first two that show who wrote them.
+    directory = whole.base.path.parent
+    (directory / "reference.json").unlink()
+    n_bytes = whole.base.rows(0).nbytes
+    data = whole.base.path.read_bytes()
+    whole.base.path.rename(directory / "base.kld.partial").write_bytes(data[: -2 * n_bytes - n_bytes // 2])
+    routes = np.load(directory / "routes.npy")
+    marked = routes.copy()
+    for name in routes.dtype.names:
+        marked[name][:2] = routes[name][:2, ::-1]
+        marked[name][2:] = 0
+    np.save(directory / "routes.npy", marked)
+    resumed = make(path, text, tmp_path / "cache")
+    assert resumed.base.path.read_bytes() == data
+    for bid, found in experts_of(resumed).items():
+        np.testing.assert_array_equal(found[2 * N_CTX :], expected[bid][2 * N_CTX :])
+        np.testing.assert_array_equal(found[:N_CTX], expected[bid][:N_CTX][::-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process as Linux shows it")
+def test_when_llama_cpp_dies_the_reference_is_named_and_what_it_ran_stays(
+    tiny: Path, text: Path, tmp_path: Path, cli
+) -> None:
+    class Killer(Silent):
+        """Kills the process at work when it begins."""
+
+        @contextmanager
+        def task(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+            for children in Path("/proc/self/task").glob("*/children"):
+                for child in children.read_text(encoding="ascii").split():
+                    os.kill(int(child), signal.SIGKILL)
+            yield lambda amount: None
+
+    path = convert(cli, tiny, tmp_path / "f32.gguf")
+    text.write_text(text.read_text(encoding="utf-8") * 20, encoding="utf-8")
+    with pytest.raises(AlphaQError, match=r"f32\.gguf, the reference: out of memory: its process was killed"):
+        make(path, text, tmp_path / "cache", max_windows=100, reporter=Killer())
+    assert (next(tmp_path.glob("cache/reference-*")) / "base.kld.partial").exists()
+    assert make(path, text, tmp_path / "cache", max_windows=100).text.n_windows == 100
 
 
 def test_other_hyperparameters_make_another_reference(tiny_copy: Path, text: Path, tmp_path: Path) -> None:
@@ -218,6 +265,37 @@ def test_the_reference_writes_text_itself(tiny: Path, text: Path, tmp_path: Path
     np.testing.assert_array_equal(own.windows, both.windows[:2])
     other = make_reference(source, ["self"], n_ctx=N_CTX, max_windows=2, cache_dir=cache, seed=7)
     assert (other.windows != own.windows).any()
+
+
+def test_two_runs_do_not_share_the_temporary_file_that_writes_text(tiny: Path, tmp_path: Path) -> None:
+    class Noting(Silent):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+    source, cache, reporter = open_source(tiny), tmp_path / "cache", Noting()
+    home = cache / f"own-text-{source.fingerprint[:24]}"
+    with subprocess.Popen([sys.executable, "-c", HOLD, home], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        own = make_reference(source, ["self"], n_ctx=N_CTX, max_windows=2, cache_dir=cache, reporter=reporter)
+    assert own.text.n_windows == 2
+    assert reporter.notes[0] == f"Waiting for another run, which is at work in {home}"
+    assert reporter.notes[1].endswith(f": {home / 'temporary.gguf'}")
+    assert list(home.iterdir()) == []
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from alphaq_gguf.alone import alone
+from alphaq_gguf.reporter import Silent
+with alone(Path(sys.argv[1]), Silent()):
+    print("held", flush=True)
+    time.sleep(1)
+"""
 
 
 @pytest.mark.parametrize("family", ["Qwen2Moe", "Ernie4_5_Moe"])

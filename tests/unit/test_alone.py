@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from alphaq_gguf.compare.alone import alone
+from alphaq_gguf.alone import alone
 from alphaq_gguf.reporter import Silent
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from alphaq_gguf.compare.alone import alone
+from alphaq_gguf.alone import alone
 from alphaq_gguf.reporter import Silent
 with alone(Path(sys.argv[1]), Silent()):
     print("held", flush=True)

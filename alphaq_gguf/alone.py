@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..reporter import Reporter
+from .reporter import Reporter
 
 _PAUSE_S = 0.5
 
