@@ -18,9 +18,10 @@ def show_files(console: Console, comparison: Comparison) -> None:
     """A table of each engine, best values marked, what engines disagree on, and the verdict."""
     text = comparison.text
     reference = comparison.reference
+    names = ", ".join(_OWN if name == OWN else name for name in text.names)
     console.result(
         f"Reference {reference.name}: PPL {reference.perplexity.value:.4f} +- "
-        f"{reference.perplexity.standard_error:.4f} over {text.n_scored:,} tokens of {', '.join(_OWN if name == OWN else name for name in text.names)} "
+        f"{reference.perplexity.standard_error:.4f} over {text.n_scored:,} tokens of {names} "
         f"({text.n_windows} windows of {text.n_ctx})"
     )
     for engine, device in dict.fromkeys((e.engine, e.device) for e in comparison.evaluations):
