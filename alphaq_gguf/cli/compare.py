@@ -10,7 +10,7 @@ import typer
 
 from ..checkpoint import open_source
 from ..compare.data import Comparison, to_plain
-from ..compare.reference import make_reference, read_reference
+from ..compare.reference import read_reference
 from ..compare.run import Judge, about_context, alphas_of, check_files, compare
 from ..compare.settings import TaskSettings
 from ..errors import AlphaQError, ThresholdError, UsageError
@@ -174,18 +174,7 @@ def command(
         for note in notes:
             console.warn(note)
         check_files(files, source)
-        found = make_reference(
-            source,
-            read,
-            n_ctx=texts.ctx,
-            max_windows=texts.max_windows,
-            seed=texts.seed,
-            gpu_layers=machine.gpu_layers,
-            exact=machine.exact,
-            batch=machine.batch,
-            reporter=console,
-            **machine.measuring(),
-        )
+        found = machine.open_reference(source, texts, console)
     judge = Judge(found, source, settings, cache_dir=machine.cache_path, imatrix=imatrix, reporter=console)
     judge.notes += notes
     alphas = ()

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from ..calibration.own_text import OWN
+from ..checkpoint import Source
 from ..compare.data import Comparison
+from ..compare.reference import Reference, make_reference
 from ..compare.settings import ENGINES, JudgeSettings
 from ..console import Console
 from ..errors import UsageError
@@ -154,6 +156,21 @@ class JudgeOptions(MachineOptions):
 
     def measuring(self) -> dict[str, Any]:
         return {"device": self.torch_device, "threads": self.n_threads, "cache_dir": self.cache_path}
+
+    def open_reference(self, source: Source, texts: TextOptions, console: Console) -> Reference:
+        """What `source` says of the texts, from an earlier run where there was one."""
+        return make_reference(
+            source,
+            texts.texts,
+            n_ctx=texts.ctx,
+            max_windows=texts.max_windows,
+            seed=texts.seed,
+            gpu_layers=self.gpu_layers,
+            exact=self.exact,
+            batch=self.batch,
+            reporter=console,
+            **self.measuring(),
+        )
 
     def settings(self) -> JudgeSettings:
         """What these ask for; UsageError for an engine or a device that is none."""

@@ -36,6 +36,11 @@ def show_files(console: Console, comparison: Comparison) -> None:
             f"{task.file} in {task.engine}: {task.task} {task.metric} {100 * task.score.value:.1f} +- "
             f"{100 * task.score.standard_error:.1f} % of {task.n}"
         )
+    show_conclusion(console, comparison)
+
+
+def show_conclusion(console: Console, comparison: Comparison) -> None:
+    """The notes, each once, and the verdict."""
     for line in dict.fromkeys([*comparison.notes, *(note for e in comparison.evaluations for note in e.notes)]):
         console.note(line)
     console.result(verdict(comparison))

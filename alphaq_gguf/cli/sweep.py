@@ -9,7 +9,6 @@ import typer
 
 from ..compare.data import Comparison, to_plain
 from ..compare.presets import PRESETS
-from ..compare.reference import make_reference
 from ..compare.run import Judge
 from ..compare.sweep import check_kept, sweep
 from ..compare.sweep_files import SweepSettings, plan_rows
@@ -17,12 +16,12 @@ from ..console import Console
 from ..encode import find_encoder
 from ..errors import AlphaQError, UsageError
 from ..pipeline import AllocationSettings
-from ..report.summary import chosen, pareto, verdict
+from ..report.summary import chosen, pareto
 from ..tensor_types import parse_overrides
 from .allocation_options import GranularityName
 from .compare_options import JudgeOptions, ReportOptions, TextOptions, command_line
 from .options import EncoderName, OutputOptions, SourceOptions, grouped, parse_types
-from .show_files import mebibytes, shorten
+from .show_files import mebibytes, shorten, show_conclusion
 
 NAME = "sweep"
 _MADE = "What is made"
@@ -139,8 +138,7 @@ def command(
             overrides=tuple(parse_overrides(tensor_type or [])),
         ),
     )
-    read = texts.texts
-    report.check(force=shown.force)
+    report.check(force=shown.force, inputs=[text for text in texts.texts if isinstance(text, Path)])
     judging = machine.settings()
     source = checkpoint.open(console)
     settings.check(source)
@@ -148,18 +146,7 @@ def command(
         console.warn(line)
     if keep is not None:
         check_kept(source, settings, keep, cache_dir=machine.cache_path, force=shown.force)
-    reference = make_reference(
-        source,
-        read,
-        n_ctx=texts.ctx,
-        max_windows=texts.max_windows,
-        seed=texts.seed,
-        gpu_layers=machine.gpu_layers,
-        exact=machine.exact,
-        batch=machine.batch,
-        reporter=console,
-        **machine.measuring(),
-    )
+    reference = machine.open_reference(source, texts, console)
     judge = Judge(reference, source, judging, cache_dir=machine.cache_path, imatrix=imatrix, reporter=console)
     result = sweep(
         source,
@@ -219,6 +206,4 @@ def _show(console: Console, result: Comparison) -> None:
     console.table(f"{engines} (* none is both smaller and nearer)", columns, rows)
     for name, reason in (result.failures or {}).items():
         console.result(f"{name}: {reason}")
-    for line in dict.fromkeys([*result.notes, *(note for e in result.evaluations for note in e.notes)]):
-        console.note(line)
-    console.result(verdict(result))
+    show_conclusion(console, result)

@@ -221,12 +221,13 @@ class Judge:
         windows = self.reference.windows
         if path.suffix == ".json":
             return windows
+        if self.source is not None:
+            check_vocabularies(self.source, path)
+            return windows
         from ..evaluate.llama import LlamaVocabulary
 
         with LlamaVocabulary(path) as vocabulary:
-            if self.source is not None:
-                check_vocabularies(self.source, path)
-            elif vocabulary.bos is not None:
+            if vocabulary.bos is not None:
                 # llama-perplexity keeps the text's own tokens in its files, and begins every window with this one.
                 windows = windows.copy()
                 windows[:, 0] = vocabulary.bos

@@ -192,13 +192,12 @@ class TorchModel:
                 module.packed = layer
 
     @contextmanager
-    def within_memory(self) -> Iterator[None]:
-        """An AlphaQError in place of PyTorch's own when the device's memory does not suffice."""
+    def within_memory(
+        self, hint: str = "use a shorter --ctx, another --device, or --engine llama with some --gpu-layers"
+    ) -> Iterator[None]:
+        """An AlphaQError with `hint` in place of PyTorch's own when the device's memory does not suffice."""
         try:
             yield
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            raise AlphaQError(
-                f"{self.blocks.label}: out of memory on {self.device}: {reason}",
-                "use a shorter --ctx, another --device, or --engine llama with some --gpu-layers",
-            ) from None
+            raise AlphaQError(f"{self.blocks.label}: out of memory on {self.device}: {reason}", hint) from None

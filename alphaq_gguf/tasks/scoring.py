@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from ..errors import AlphaQError
 from ..evaluate.decoding import Decoder
 from ..evaluate.llama import LlamaModel
 from ..evaluate.torch_model import TorchModel
+
+_OUT_OF_MEMORY = "use another --device, or leave this engine out"
 
 # Tokens in one pass of PyTorch, padding included.
 _BATCH_TOKENS = 2048
@@ -143,7 +144,7 @@ class TorchScorer(Scorer):
                     yield i, _hold_against(logits[end - len(targets) : end], targets)
 
     def continue_greedily(self, tokens: Sequence[int]) -> Iterator[int]:
-        with self._within_memory():
+        with self._model.within_memory(_OUT_OF_MEMORY):
             if self._decoder is None:
                 self._decoder = Decoder(self._model.model, self.n_ctx)
             for ids in self._decoder.draw(tokens, self.n_ctx - len(tokens)):
@@ -155,22 +156,11 @@ class TorchScorer(Scorer):
         ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
         for i, tokens in enumerate(rows):
             ids[i, : len(tokens)] = torch.tensor(tokens)
-        with torch.no_grad(), self._within_memory():
+        with torch.no_grad(), self._model.within_memory(_OUT_OF_MEMORY):
             n_last = ids.shape[1] - first
             return self._model.model(
                 input_ids=ids.to(self._model.device), use_cache=False, logits_to_keep=n_last
             ).logits
-
-    @contextmanager
-    def _within_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            raise AlphaQError(
-                f"{self._model.blocks.label}: out of memory on {self._model.device}: {reason}",
-                "use another --device, or leave this engine out",
-            ) from None
 
 
 def _hold_against(logits: torch.Tensor, targets: Sequence[int]) -> Answer:
