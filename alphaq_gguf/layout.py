@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 from .calibration.imatrix import ImportanceMatrix
 from .checkpoint import Source
 from .checkpoint.huggingface import CONFIG_KEY
+from .container import Container, stack_type
+from .errors import AlphaQError
 from .gguf_file import Field, TensorInfo, build_header, make_field
-from .qtypes import QType, file_type
-from .recipe import Recipe, to_json
+from .guard import declare
+from .qtypes import QType, file_type, row_bytes
+from .recipe import Recipe, embedded_json, matrix_types
 
-_SIZES = ("file_bytes", "memory_bytes")
 # Keys that describe the output and not the source; the last are those of llama-quantize.
 _OWN_KEYS = ("general.file_type", "general.quantization_version", "general.quantized_by")
 _OWN_PREFIXES = ("alphaq.", "quantize.imatrix.")
@@ -25,11 +27,15 @@ _OWN_PREFIXES = ("alphaq.", "quantize.imatrix.")
 
 @dataclass(frozen=True)
 class Plan:
-    """A file laid out: header bytes, tensors with offsets in writing order, size in bytes."""
+    """A file laid out: header bytes, tensors with offsets in writing order, size in bytes.
+
+    `containers` are the stacks whose experts have types of their own, with the places of these.
+    """
 
     header: bytes
     tensors: list[TensorInfo]
     size: int
+    containers: dict[str, Container]
 
 
 def alignment_of(source: Source) -> int:
@@ -38,21 +44,52 @@ def alignment_of(source: Source) -> int:
 
 
 def plan_file(source: Source, recipe: Recipe, imatrix: ImportanceMatrix | None = None) -> Plan:
-    """Lay out the file `recipe` makes of `source`, rounded with `imatrix` if given, without reading any weights."""
-    types = recipe.types
-    infos = [TensorInfo(info.name, info.shape, types[info.name]) for info in source.tensors.values()]
-    fields = _output_fields(source, recipe, infos, imatrix)
+    """Lay out the file `recipe` makes of `source`, rounded with `imatrix` if given, without reading any weights.
+
+    AlphaQError when the recipe does not give each tensor one type, or a stack types that nothing can hold.
+    """
+    types = matrix_types(recipe, source)
+    infos, containers = stored_tensors(source.tensors.values(), types)
+    fields = _output_fields(source, recipe, infos, types, imatrix)
+    if containers:
+        fields = declare(fields, source.architecture, list(containers), [stack.name for stack in source.stacks])
     header, placed, size = build_header(fields, infos, alignment_of(source))
-    return Plan(header, placed, size)
+    return Plan(header, placed, size, containers)
+
+
+def stored_tensors(
+    tensors: Iterable[TensorInfo], types: Mapping[str, Sequence[QType]]
+) -> tuple[list[TensorInfo], dict[str, Container]]:
+    """The tensors as a file declares them when their matrices have these `types`, and those that are containers."""
+    infos, containers = [], {}
+    for info in tensors:
+        qtype, shape = types[info.name][0], info.shape
+        if len(types[info.name]) > 1:
+            try:
+                qtype, container = stack_type((shape[0], shape[1], shape[2]), types[info.name])
+            except ValueError as error:
+                raise AlphaQError(f"{info.name}: {error}", "give all of its experts one type") from None
+            if container is not None:
+                containers[info.name] = container
+        infos.append(TensorInfo(info.name, shape, qtype))
+    return infos, containers
 
 
 def _output_fields(
-    source: Source, recipe: Recipe, infos: Sequence[TensorInfo], imatrix: ImportanceMatrix | None
+    source: Source,
+    recipe: Recipe,
+    infos: Sequence[TensorInfo],
+    types: Mapping[str, Sequence[QType]],
+    imatrix: ImportanceMatrix | None,
 ) -> list[Field]:
     """The source's metadata unchanged, then what describes this file."""
     by_type: dict[QType, int] = {}
     for info in infos:
-        by_type[info.qtype] = by_type.get(info.qtype, 0) + info.n_bytes
+        for qtype in types[info.name]:
+            rows = info.n_rows // len(types[info.name])
+            by_type[qtype] = by_type.get(qtype, 0) + rows * row_bytes(qtype, info.n_cols)
+    stacks = {stack.name: stack.n_weights for stack in source.stacks}
+    expert_bytes = sum(info.n_bytes for info in infos if info.name in stacks)
     kept = [
         f
         for f in source.fields
@@ -64,7 +101,7 @@ def _output_fields(
         ("general.quantization_version", GGUFValueType.UINT32, GGML_QUANT_VERSION),
         ("alphaq.version", GGUFValueType.STRING, recipe.tool.removeprefix("alphaq-gguf ")),
         ("alphaq.strategy", GGUFValueType.STRING, str(recipe.settings.get("strategy"))),
-        ("alphaq.expert_bpw", GGUFValueType.FLOAT32, recipe.expert_bpw),
+        ("alphaq.expert_bpw", GGUFValueType.FLOAT32, expert_bytes * 8 / sum(stacks.values())),
         ("alphaq.source_hash", GGUFValueType.STRING, recipe.source),
     ]
     for key in ("bpw", "size_bytes"):
@@ -77,9 +114,5 @@ def _output_fields(
         own.append(("quantize.imatrix.file", GGUFValueType.STRING, Path(imatrix.label).name))
         if imatrix.datasets:
             own.append(("quantize.imatrix.dataset", GGUFValueType.STRING, ", ".join(imatrix.datasets)))
-    # The file's own tensor table holds the other tensors' types, and its size would describe the very
-    # file it is in: leaving both out keeps the metadata small and the layout free of a cycle.
-    data = {key: value for key, value in to_json(recipe).items() if key != "tensors"}
-    data["result"] = {key: value for key, value in data["result"].items() if key not in _SIZES}
-    own.append(("alphaq.recipe", GGUFValueType.STRING, json.dumps(data, separators=(",", ":"))))
+    own.append(("alphaq.recipe", GGUFValueType.STRING, json.dumps(embedded_json(recipe), separators=(",", ":"))))
     return kept + [make_field(*entry) for entry in own]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from .qtypes import QType, fits, parse_qtype, row_bytes
 FORMAT = "alphaq-recipe"
 SCHEMA = 1
 GRANULARITIES = ("stack", "expert", "expert-shared")
+
+_SIZES = ("file_bytes", "memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,38 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def embedded_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it is kept in the GGUF that it makes, where types of single experts are told by stack and type.
+
+    The file's own tensor table holds the other tensors' types, and its size would describe the very file it is in:
+    leaving both out keeps the metadata small and the layout free of a cycle.
+    """
+    data = {key: value for key, value in to_json(recipe).items() if key != "tensors"}
+    data["result"] = {key: value for key, value in data["result"].items() if key not in _SIZES}
+    if any(unit.expert is not None for unit in recipe.units):
+        data["units"] = [_by_type(list(units)) for _, units in groupby(_by_stack(recipe.units), lambda u: u.tensor)]
+    return data
+
+
+def _by_stack(units: Iterable[RecipeUnit]) -> list[RecipeUnit]:
+    return sorted(units, key=lambda unit: (unit.layer, unit.tensor, unit.expert or 0))
+
+
+def _by_type(units: Sequence[RecipeUnit]) -> dict[str, Any]:
+    """The units of one stack as one, with the experts of each type."""
+    experts: dict[str, list[int | None]] = {}
+    for unit in units:
+        experts.setdefault(unit.qtype.name, []).append(unit.expert)
+    return {
+        "tensor": units[0].tensor,
+        "layer": units[0].layer,
+        "proj": units[0].proj,
+        "n_weights": sum(unit.n_weights for unit in units),
+        "n_bytes": sum(unit.n_bytes for unit in units),
+        "experts": experts,
+    }
+
+
 def from_json(data: Any, where: str) -> Recipe:
     """Parse a recipe; AlphaQError says what is wrong with it."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -123,6 +159,8 @@ def from_json(data: Any, where: str) -> Recipe:
         units = tuple(RecipeUnit(**{**entry, "qtype": parse_qtype(entry["qtype"])}) for entry in data["units"])
         if not all(isinstance(unit.tensor, str) for unit in units):
             raise TypeError("a unit without a tensor name")
+        if not all(unit.expert is None or type(unit.expert) is int for unit in units):
+            raise TypeError("a unit's expert that is no number")
         tensors = {name: QType[qtype] for name, qtype in data["tensors"].items()}
         return Recipe(
             data["tool"],
@@ -161,48 +199,79 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def refuse_expert_types(granularity: str, where: str) -> None:
-    """AlphaQError for anything but one type per stack, the only thing a GGUF for llama.cpp can hold."""
+    """AlphaQError for anything but one type per stack, the only thing that llama-quantize can be told."""
     if granularity != "stack":
         raise AlphaQError(
-            f"{where}: gives each expert a type of its own; a GGUF for llama.cpp has one type for all experts of a "
-            "stacked tensor",
-            "allocate with --granularity stack to write a file; `allocate` shows what that costs",
+            f"{where}: gives each expert a type of its own; llama-quantize has one type for all experts of a stacked "
+            "tensor",
+            "allocate with --granularity stack, or write the file with `alphaq-gguf convert`",
         )
 
 
-def check_recipe(recipe: Recipe, source: Source, where: str) -> None:
-    """AlphaQError unless the recipe was made for `source`, gives each tensor a type, and one its rows can take."""
-    refuse_expert_types(recipe.granularity, where)
+def check_source(recipe: Recipe, source: Source, where: str) -> None:
+    """AlphaQError unless the recipe was made for `source`."""
     if recipe.source != source.fingerprint:
         raise AlphaQError(
             f"{where}: made for another model, {recipe.source[:12]}: {source.label} is {source.fingerprint[:12]}",
             "allocate again for this model",
         )
-    expected, found = set(source.tensors), set(recipe.types)
-    named = Counter([unit.tensor for unit in recipe.units] + list(recipe.tensors))
-    twice = [name for name, count in named.items() if count > 1]
-    if twice:
-        raise AlphaQError(f"{where}: {twice[0]} is listed twice", "allocate again")
-    if expected != found:
-        odd = sorted(expected ^ found, key=str)[0]
-        raise AlphaQError(f"{where}: does not cover the model's tensors exactly: {odd}", "allocate again")
-    for name, qtype in recipe.types.items():
+
+
+def check_recipe(recipe: Recipe, source: Source, where: str) -> None:
+    """AlphaQError unless the recipe was made for `source`, gives each tensor a type, and one its rows can take."""
+    check_source(recipe, source, where)
+    matrix_types(recipe, source, where)
+    heights = {stack.name: stack.n_rows for stack in source.stacks}
+    for unit in recipe.units:
+        info, label = source.tensors[unit.tensor], _label(unit.tensor, unit.expert)
+        n_rows = info.n_rows if unit.expert is None else heights[unit.tensor]
+        n_weights, n_bytes = n_rows * info.n_cols, n_rows * row_bytes(unit.qtype, info.n_cols)
+        if unit.n_weights != n_weights:
+            raise AlphaQError(
+                f"{where}: {label} has {n_weights} weights, the recipe says {unit.n_weights}", "allocate again"
+            )
+        if unit.n_bytes != n_bytes:
+            raise AlphaQError(
+                f"{where}: {label} as {unit.qtype.name} takes {n_bytes} bytes, the recipe says {unit.n_bytes}",
+                "change qtype and n_bytes together, or allocate again",
+            )
+
+
+def matrix_types(recipe: Recipe, source: Source, where: str = "recipe") -> dict[str, list[QType]]:
+    """The type of each expert of every stack, and one type for each other tensor, in the source's order.
+
+    AlphaQError unless the recipe gives everything exactly one type, and one its rows can take.
+    """
+    n_experts = {stack.name: stack.n_experts for stack in source.stacks}
+    # A stack's experts by number, None for the whole of any other tensor.
+    parts = {name: range(n_experts[name]) if name in n_experts else (None,) for name in source.tensors}
+    named = [(name, None, qtype) for name, qtype in recipe.tensors.items()]
+    for unit in recipe.units:
+        whole = unit.expert is None and unit.tensor in n_experts
+        named += [(unit.tensor, xid, unit.qtype) for xid in (parts[unit.tensor] if whole else (unit.expert,))]
+    chosen: dict[tuple[str, int | None], QType] = {}
+    for name, xid, qtype in named:
+        if (name, xid) in chosen:
+            raise _uncovered(where, name, xid)
+        chosen[name, xid] = qtype
+    expected = {(name, xid) for name, xids in parts.items() for xid in xids}
+    for name, xid in sorted(expected ^ chosen.keys(), key=str):
+        raise _uncovered(where, name, xid)
+    for (name, _), qtype in chosen.items():
         n_cols = source.tensors[name].n_cols
         if not fits(qtype, n_cols):
             raise AlphaQError(f"{where}: {name} has rows of {n_cols}, which {qtype.name} blocks do not divide")
-    for unit in recipe.units:
-        info = source.tensors[unit.tensor]
-        actual = info.n_rows * row_bytes(unit.qtype, info.n_cols)
-        if unit.n_weights != info.n_weights:
-            raise AlphaQError(
-                f"{where}: {unit.tensor} has {info.n_weights} weights, the recipe says {unit.n_weights}",
-                "allocate again",
-            )
-        if unit.n_bytes != actual:
-            raise AlphaQError(
-                f"{where}: {unit.tensor} as {unit.qtype.name} takes {actual} bytes, the recipe says {unit.n_bytes}",
-                "change qtype and n_bytes together, or allocate again",
-            )
+    return {name: [chosen[name, xid] for xid in xids] for name, xids in parts.items()}
+
+
+def _uncovered(where: str, name: str, xid: int | None) -> AlphaQError:
+    return AlphaQError(
+        f"{where}: does not cover the model's tensors exactly, each once: {_label(name, xid)}", "allocate again"
+    )
+
+
+def _label(name: str, xid: int | None) -> str:
+    return name if xid is None else f"{name} expert {xid}"
 
 
 def tensor_type_lines(recipe: Recipe) -> str:
