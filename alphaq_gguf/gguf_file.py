@@ -156,8 +156,8 @@ class _Cursor:
             self.take(struct.calcsize(_SCALARS[vtype]))
 
 
-def parse_header(data: memoryview) -> Header:
-    """Parse the header at the start of `data`; FormatError says what is wrong with the bytes."""
+def _begin(data: memoryview) -> tuple[_Cursor, int, int]:
+    """A cursor at the first metadata pair of a file, and how many tensors and pairs the file has."""
     cur = _Cursor(data, "the header")
     if bytes(data[:4]) != MAGIC:
         raise FormatError("the file does not start with the GGUF magic")
@@ -167,7 +167,12 @@ def parse_header(data: memoryview) -> Header:
         raise FormatError("the file is big-endian, only little-endian GGUF is supported")
     if version not in (2, 3):
         raise FormatError(f"GGUF version {version} is not supported, only 2 and 3 are")
-    n_tensors, n_fields = cur.scalar("<Q"), cur.scalar("<Q")
+    return cur, cur.scalar("<Q"), cur.scalar("<Q")
+
+
+def parse_header(data: memoryview) -> Header:
+    """Parse the header at the start of `data`; FormatError says what is wrong with the bytes."""
+    cur, n_tensors, n_fields = _begin(data)
     fields: dict[str, Field] = {}
     for _ in range(n_fields):
         key, vtype = cur.string(), cur.vtype()
@@ -226,6 +231,24 @@ def read_header(path: Path) -> Header:
                 "download or create it again",
             )
     return header
+
+
+def read_field(path: Path, key: str) -> Any:
+    """A metadata value of the file at `path`, None where it has none, read no further than there.
+
+    OSError where the file cannot be read, FormatError where it is no GGUF.
+    """
+    with path.open("rb") as file:
+        if file.seek(0, 2) == 0:
+            raise FormatError("the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+            cur, _, n_fields = _begin(view)
+            for _ in range(n_fields):
+                found, vtype = cur.string(), cur.vtype()
+                if found == key:
+                    return cur.value(vtype)
+                cur.skip(vtype)
+    return None
 
 
 def align(offset: int, alignment: int) -> int:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from alphaq_gguf.arch.base import TokenizerRules
 from alphaq_gguf.arch.tokenizer import add_tokenizer
-from alphaq_gguf.evaluate.llama import _collect_errors
+from alphaq_gguf.evaluate.llama_log import collect_errors
 
 AWKWARD = [
     "",
@@ -190,7 +190,7 @@ class LlamaVocabulary:
 
     def __init__(self, path: Path) -> None:
         # llama-cpp-python's own log callback fails on the cut-off tokens that llama.cpp prints.
-        _collect_errors()
+        collect_errors()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,11 +15,13 @@ import numpy as np
 
 from ..errors import AlphaQError
 from ..gguf_file import Field, build_header
+from ..guard import ARCHITECTURE
+from ..plugin import ContainerFile, build_plugin, cache_dir, check_types, load_plugin, read_container_file
 from ..reporter import Reporter, Silent
+from .llama_log import collect_errors
 from .watch import Watch
 
 _GGML_TYPE_F32 = 0
-_LOG_LEVEL_ERROR = 4
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,12 @@ class LlamaVocabulary(_WithVocabulary):
     def __init__(self, path: Path) -> None:
         import llama_cpp
 
+        asked = read_container_file(path)
         # llama-cpp-python's own log callback fails on the cut-off tokens that llama.cpp prints.
-        with _one_line_errors(path):
-            self.llm = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        with one_line_errors(path):
+            self.llm = llama_cpp.Llama(
+                str(path), vocab_only=True, verbose=False, kv_overrides=None if asked is None else metadata_of(asked)
+            )
         self.path = path
 
     @classmethod
@@ -105,8 +108,8 @@ class LlamaModel(_WithVocabulary):
     numerical protocol for comparisons with float references: f32 KV cache, no flash attention. Without `all_logits`
     there is no more of the KV cache than sliding windows need; `repack` lets it rearrange weights for the processor, as
     its programs do too. `n_sequences` can be drawn side by side, of `n_ctx` tokens each. `watch` sees the tensors that
-    it computes, of all tokens in the last layer too only with `all_logits`. AlphaQError carries
-    llama.cpp's own reason when the file does not load.
+    it computes, of all tokens in the last layer too only with `all_logits`. Files with containers run with the plug-in,
+    which is built first if it has not been. AlphaQError carries llama.cpp's own reason when the file does not load.
     """
 
     def __init__(
@@ -126,8 +129,9 @@ class LlamaModel(_WithVocabulary):
         import llama_cpp
 
         kv_type: dict[str, Any] = {"type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32} if exact else {}
-        placing = nullcontext() if repack else _weights_as_stored()
-        with _one_line_errors(path), placing, _context_defaults(watch, n_sequences):
+        asked = read_container_file(path)
+        placing = weights_placed(path, asked, repack=repack)
+        with one_line_errors(path), placing as placed, _context_defaults(watch, n_sequences):
             self.llm = llama_cpp.Llama(
                 str(path),
                 n_ctx=n_ctx * n_sequences,
@@ -140,11 +144,12 @@ class LlamaModel(_WithVocabulary):
                 swa_full=all_logits,
                 seed=seed,
                 verbose=False,
+                kv_overrides=None if asked is None else metadata_of(asked),
                 **kv_type,
             )
         self.path = path
-        # llama.cpp keeps the bare pointer of its callback: it must not be collected.
-        self._watch = watch
+        # llama.cpp keeps bare pointers to these: they must not be collected.
+        self._watch, self._placed = watch, placed
 
     def draw(self, n_tokens: int, seeds: Sequence[int], advance: Callable[[int], None]) -> np.ndarray:
         """Documents drawn from the model's own distribution as it is, one by seed: int64 [len(seeds), n_tokens].
@@ -235,9 +240,9 @@ class LlamaModel(_WithVocabulary):
 
 
 @contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
+def one_line_errors(path: Path) -> Iterator[None]:
     """AlphaQError with llama.cpp's own reason when a file does not load in the block."""
-    errors = _collect_errors()
+    errors = collect_errors()
     errors.clear()
     try:
         yield
@@ -246,13 +251,29 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         raise AlphaQError(f"{path}: llama.cpp cannot load it: {reasons[0]}") from None
 
 
-def _weights_as_stored() -> AbstractContextManager[None]:
-    """Keep llama.cpp from repacking weights for the processor while a model loads.
+def metadata_of(asked: ContainerFile) -> dict[str, bool | int | float | str]:
+    """What a file with containers has other values for, in `Llama`'s `kv_overrides`."""
+    return {ARCHITECTURE: asked.architecture}
+
+
+@contextmanager
+def weights_placed(path: Path, asked: ContainerFile | None, *, repack: bool) -> Iterator[object]:
+    """Have models that load in the block keep their weights as stored, or with `repack` rearranged for the processor.
 
     Repacked weights round differently on each machine, and the AMX ones crash where a virtual machine
-    shows the instructions and lacks them, and abort on latent attention.
+    shows the instructions and lacks them, and abort on latent attention. The containers that the file at `path` has
+    are in the plug-in's buffers. What this yields is to be kept as long as the model is, because llama.cpp has a bare
+    pointer to it. AlphaQError when the plug-in cannot be built or loaded, or lacks a type.
     """
-    return _defaults("llama_model_default_params", use_extra_bufts=False)
+    values: dict[str, Any] = {} if repack else {"use_extra_bufts": False}
+    placed = None
+    if asked is not None:
+        plugin = load_plugin(build_plugin(cache_dir(), Silent()))
+        check_types(asked.types, str(path))
+        placed = plugin.place(asked.pattern, repack=repack)
+        values["tensor_buft_overrides"] = ctypes.addressof(placed)
+    with _defaults("llama_model_default_params", **values):
+        yield placed
 
 
 def _context_defaults(watch: Watch | None, n_sequences: int) -> AbstractContextManager[None]:
@@ -278,27 +299,6 @@ def _defaults(function: str, **values: Any) -> Iterator[None]:
         yield
     finally:
         setattr(library, function, make_defaults)
-
-
-@cache
-def _collect_errors() -> deque[str]:
-    """Listen to llama.cpp's log for the rest of the process; the deque holds its latest error lines."""
-    import llama_cpp
-
-    errors: deque[str] = deque(maxlen=20)
-
-    @llama_cpp.llama_log_callback
-    def collect(level: int, text: bytes, _user: ctypes.c_void_p) -> None:
-        if level == _LOG_LEVEL_ERROR and text.strip():
-            errors.append(text.decode("utf-8", "replace").strip())
-
-    # llama.cpp keeps the bare pointer: the callback must not be collected.
-    _CALLBACKS.append(collect)
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
-    return errors
-
-
-_CALLBACKS: list[Any] = []
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
