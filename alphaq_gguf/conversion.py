@@ -30,12 +30,17 @@ _FILL_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion. `resumed_bytes` were already there from an interrupted run."""
+    """A finished conversion. `resumed_bytes` were already there from an interrupted run.
+
+    `expert_bpw` are stored bits per expert weight, `containers` the stacks whose experts have types of their own.
+    """
 
     path: Path
     size: int
     recipe: Recipe
     resumed_bytes: int
+    expert_bpw: float
+    containers: tuple[str, ...] = ()
 
 
 def convert(
@@ -82,7 +87,7 @@ def convert(
         return encoded() if container is None else _frame(container, info.n_bytes, pieces, encoded())
 
     resumed = write_gguf(out, plan.header, plan.tensors, plan.size, produce, reporter)
-    return Conversion(out, plan.size, recipe, resumed)
+    return Conversion(out, plan.size, recipe, resumed, plan.expert_bpw, tuple(plan.containers))
 
 
 def _cut(info: TensorInfo, container: Container | None, height: int) -> list[tuple[int, int, QType]]:

@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
 from .calibration.imatrix import ImportanceMatrix
 from .checkpoint import Source
+from .checkpoint.base import find_stacks
 from .checkpoint.huggingface import CONFIG_KEY
 from .container import Container, stack_type
 from .errors import AlphaQError
@@ -37,6 +38,18 @@ class Plan:
     size: int
     containers: dict[str, Container]
 
+    @property
+    def expert_bpw(self) -> float:
+        """Stored bits per expert weight, with what containers leave unused."""
+        return expert_bpw(self.tensors)
+
+
+def expert_bpw(tensors: Iterable[TensorInfo]) -> float:
+    """Stored bits per weight of the expert stacks among a file's tensors."""
+    found = {info.name: info for info in tensors}
+    stacks = [found[stack.name] for stack in find_stacks(found.values())]
+    return sum(info.n_bytes for info in stacks) * 8 / sum(info.n_weights for info in stacks)
+
 
 def alignment_of(source: Source) -> int:
     """Bytes that every tensor of the output is aligned to: as in the source, else the format's default."""
@@ -50,7 +63,13 @@ def plan_file(source: Source, recipe: Recipe, imatrix: ImportanceMatrix | None =
     """
     types = matrix_types(recipe, source)
     infos, containers = stored_tensors(source.tensors.values(), types)
-    fields = _output_fields(source, recipe, infos, types, imatrix)
+    return lay_out(source, _output_fields(source, recipe, infos, types, imatrix), infos, containers)
+
+
+def lay_out(
+    source: Source, fields: Iterable[Field], infos: Sequence[TensorInfo], containers: dict[str, Container]
+) -> Plan:
+    """The file of these tensors and this metadata, which tells of the containers as well."""
     if containers:
         fields = declare(fields, source.architecture, list(containers), [stack.name for stack in source.stacks])
     header, placed, size = build_header(fields, infos, alignment_of(source))
@@ -88,8 +107,6 @@ def _output_fields(
         for qtype in types[info.name]:
             rows = info.n_rows // len(types[info.name])
             by_type[qtype] = by_type.get(qtype, 0) + rows * row_bytes(qtype, info.n_cols)
-    stacks = {stack.name: stack.n_weights for stack in source.stacks}
-    expert_bytes = sum(info.n_bytes for info in infos if info.name in stacks)
     kept = [
         f
         for f in source.fields
@@ -101,7 +118,7 @@ def _output_fields(
         ("general.quantization_version", GGUFValueType.UINT32, GGML_QUANT_VERSION),
         ("alphaq.version", GGUFValueType.STRING, recipe.tool.removeprefix("alphaq-gguf ")),
         ("alphaq.strategy", GGUFValueType.STRING, str(recipe.settings.get("strategy"))),
-        ("alphaq.expert_bpw", GGUFValueType.FLOAT32, expert_bytes * 8 / sum(stacks.values())),
+        ("alphaq.expert_bpw", GGUFValueType.FLOAT32, expert_bpw(infos)),
         ("alphaq.source_hash", GGUFValueType.STRING, recipe.source),
     ]
     for key in ("bpw", "size_bytes"):

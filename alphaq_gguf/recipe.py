@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +109,17 @@ def embedded_json(recipe: Recipe) -> dict[str, Any]:
     """
     data = {key: value for key, value in to_json(recipe).items() if key != "tensors"}
     data["result"] = {key: value for key, value in data["result"].items() if key not in _SIZES}
-    if any(unit.expert is not None for unit in recipe.units):
-        data["units"] = [_by_type(list(units)) for _, units in groupby(_by_stack(recipe.units), lambda u: u.tensor)]
+    stacks: dict[str, list[RecipeUnit]] = {}
+    for unit in recipe.units:
+        if unit.expert is not None:
+            stacks.setdefault(unit.tensor, []).append(unit)
+    whole = [entry for entry in data["units"] if "expert" not in entry]
+    data["units"] = whole + [_by_type(units) for units in stacks.values()]
     return data
 
 
-def _by_stack(units: Iterable[RecipeUnit]) -> list[RecipeUnit]:
-    return sorted(units, key=lambda unit: (unit.layer, unit.tensor, unit.expert or 0))
-
-
 def _by_type(units: Sequence[RecipeUnit]) -> dict[str, Any]:
-    """The units of one stack as one, with the experts of each type."""
+    """The experts of one stack as one unit, with their numbers by type."""
     experts: dict[str, list[int | None]] = {}
     for unit in units:
         experts.setdefault(unit.qtype.name, []).append(unit.expert)

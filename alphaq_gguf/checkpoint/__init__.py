@@ -30,7 +30,7 @@ def open_source(
     llama.cpp's pre-tokenizer for a Hugging Face tokenizer whose regex is unknown. Of repositories,
     `revision` is a branch, tag or commit; `stream` leaves the weights on the Hub and reads them by range
     requests; `headers_only` fetches nothing but config and tensor headers, so that `fields` lacks
-    the tokenizer. SourceError says why a source cannot be one.
+    the tokenizer. Files with containers are refused in any case. SourceError says why a source cannot be one.
     """
     path = Path(source)
     if not path.exists():
@@ -52,7 +52,9 @@ def open_source(
         )
     if path.suffix == ".safetensors":
         raise SourceError(f"{path} is a single weight file", f"give its directory: {path.parent}")
-    return GGUFSource(path, allow_requantize=allow_requantize)
+    source_file = GGUFSource(path, allow_requantize=allow_requantize)
+    source_file.refuse_containers()
+    return source_file
 
 
 def _open_repository(

@@ -1,9 +1,10 @@
-"""A float GGUF of any architecture whose experts are stacked, in one file or split into several."""
+"""A GGUF of any architecture whose experts are stacked, in one file or split into several."""
 
 from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 from ..encode import decode_rows
 from ..errors import SourceError
 from ..gguf_file import Field, Header, TensorInfo, read_header
-from ..qtypes import FLOAT_TYPES, row_bytes
+from ..guard import ARCHITECTURE, read_declaration, restore
+from ..qtypes import FLOAT_TYPES, QType, row_bytes
 from .base import Source
+from .containers import check_declared, read_containers
 from .huggingface import CONFIG_KEY, describe_model
 
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
@@ -22,13 +25,19 @@ _SPLIT_KEYS = "split."
 
 
 class GGUFSource(Source):
-    """Reads a GGUF, or all files of a split one given any of them; metadata is carried over byte for byte."""
+    """Reads a GGUF, or all files of a split one given any of them; metadata is carried over byte for byte.
+
+    `containers` are the stacks whose experts have types of their own, all of them checked. `read_bytes` takes such a
+    stack for what it is declared as; `read_blocks` gives its experts' rows, and `fields` is what the metadata of a file
+    without containers would be.
+    """
 
     def __init__(self, path: Path, *, allow_requantize: bool = False) -> None:
         super().__init__(path)
         headers = _read_split(path)
         first = next(iter(headers.values()))
-        architecture = first.get("general.architecture")
+        declaration = read_declaration(first.fields, str(path))
+        architecture = declaration.architecture if declaration else first.get(ARCHITECTURE)
         if not isinstance(architecture, str):
             raise SourceError(f"{path}: no general.architecture in its metadata", "this is not a model file")
         self.architecture = architecture
@@ -42,6 +51,14 @@ class GGUFSource(Source):
                 self.tensors[name] = info
                 self._places[name] = (file, header.data_offset + info.offset)
         self._files = list(headers)
+        if declaration:
+            self._fields = restore(self._fields, architecture)
+        stacks = [self.tensors[stack.name] for stack in self.stacks]
+        declared = declaration.tensors if declaration else ()
+        self.containers = read_containers(stacks, self._places, declared)
+        check_declared(self.containers, declared, self.tensors, str(path))
+        if self.containers and not allow_requantize:
+            self.refuse_containers()
         quantised = [s for s in self.stacks if self.tensors[s.name].qtype not in FLOAT_TYPES]
         if quantised and not allow_requantize:
             raise SourceError(
@@ -49,6 +66,25 @@ class GGUFSource(Source):
                 "start from the F32, F16 or BF16 file, or pass --allow-requantize and accept the added error",
             )
         self.require_experts()
+
+    @property
+    def matrix_types(self) -> dict[str, list[QType]]:
+        """The type of each expert of every stack, and one type for each other tensor."""
+        counts = {stack.name: stack.n_experts for stack in self.stacks}
+        return {
+            name: list(self.containers[name].types) if name in self.containers else [info.qtype] * counts.get(name, 1)
+            for name, info in self.tensors.items()
+        }
+
+    def refuse_containers(self) -> None:
+        """SourceError when experts have types of their own, which nothing is to be made of but what it is."""
+        if self.containers:
+            name = next(iter(self.containers))
+            raise SourceError(
+                f"{self.path}: already quantised: each expert of {name} has a type of its own, and quantising again "
+                "would add error to error",
+                "start from the F32, F16 or BF16 file",
+            )
 
     @property
     def fields(self) -> list[Field]:
@@ -73,19 +109,40 @@ class GGUFSource(Source):
         return self._files
 
     def read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
-        info = self.tensors[name]
-        path, offset = self._places[name]
-        width = row_bytes(info.qtype, info.n_cols)
+        width = row_bytes(self.tensors[name].qtype, self.tensors[name].n_cols)
+        return self._read(name, start * width, stop - start, width)
+
+    def read_blocks(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as stored, of a container within one expert: uint8 [rows, row_bytes]."""
+        container = self.containers.get(name)
+        if container is None:
+            return self.read_bytes(name, start, stop)
+        xid, first = divmod(start, container.shape[1])
+        if stop > (xid + 1) * container.shape[1]:
+            raise ValueError(f"rows {start} to {stop} of {name} are of several experts")
+        width = row_bytes(container.types[xid], container.shape[2])
+        return self._read(name, container.offsets[xid] + first * width, stop - start, width)
+
+    def _read(self, name: str, offset: int, n_rows: int, width: int) -> np.ndarray:
+        path, position = self._places[name]
         with path.open("rb") as file:
-            file.seek(offset + start * width)
-            data = np.fromfile(file, dtype=np.uint8, count=(stop - start) * width)
-        if data.size != (stop - start) * width:
+            file.seek(position + offset)
+            data = np.fromfile(file, dtype=np.uint8, count=n_rows * width)
+        if data.size != n_rows * width:
             raise SourceError(f"{path}: {name} ended early; the file changed while it was read")
-        return data.reshape(stop - start, width)
+        return data.reshape(n_rows, width)
 
     def _load_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        info = self.tensors[name]
-        return decode_rows(self.read_bytes(name, start, stop), info.qtype, info.n_cols)
+        info, container = self.tensors[name], self.containers.get(name)
+        if container is None:
+            return decode_rows(self.read_bytes(name, start, stop), info.qtype, info.n_cols)
+        height = container.shape[1]
+        ends = sorted({start, stop, *range(-(-start // height) * height, stop, height)})
+        parts = [
+            decode_rows(self.read_blocks(name, a, b), container.types[a // height], info.n_cols)
+            for a, b in pairwise(ends)
+        ]
+        return np.concatenate(parts or [np.empty((0, info.n_cols), np.float32)])
 
 
 def _read_split(path: Path) -> dict[Path, Header]:

@@ -14,11 +14,14 @@ from ..calibration.imatrix import open_importance
 from ..console import format_count
 from ..conversion import check_encoder
 from ..errors import UsageError
+from ..gguf_file import read_header
+from ..guard import OPTIONS_KEY
 from ..modelfile import render_modelfile
-from ..pipeline import allocate, check_imatrix, convert, load_recipe, plan_file
-from ..recipe import check_recipe, refuse_expert_types, save_recipe, to_json
+from ..pipeline import Conversion, allocate, check_imatrix, convert, load_recipe, plan_file
+from ..recipe import check_recipe, save_recipe, to_json
 from ..writer import check_output, replacing, write_atomically
 from .allocation_options import ALL_STRATEGIES, AlphaOptions, BudgetOptions
+from .launch import NO_OLLAMA, container_commands, ordinary_commands
 from .options import EncodingOptions, OutputOptions, SourceOptions, grouped
 from .show import show_recipe
 
@@ -62,7 +65,8 @@ def command(
         raise UsageError(
             "--strategy all compares strategies", "run it with `alphaq-gguf allocate`, and convert with one"
         )
-    refuse_expert_types(settings.granularity, "--granularity")
+    if modelfile and settings.granularity != "stack":
+        raise UsageError(f"--modelfile: {NO_OLLAMA}", "leave it out, or take --granularity stack")
     source = checkpoint.open(console)
     name = budget.label or (recipe.stem if recipe else "")
     out = output or Path(f"{_stem(source.name)}-alphaq-{name}.gguf")
@@ -76,7 +80,12 @@ def command(
         imatrix = read_imatrix(source, budget.imatrix, console)
         check_imatrix(given, imatrix, str(recipe))
         check_encoder(given, encoder, str(recipe))
-        given.result["file_bytes"] = plan_file(source, given, imatrix).size
+        plan = plan_file(source, given, imatrix)
+        if modelfile and plan.containers:
+            raise UsageError(
+                f"--modelfile: {recipe}: {NO_OLLAMA}", "leave it out, or allocate with --granularity stack"
+            )
+        given.result["file_bytes"] = plan.size
         chosen = given
     else:
         chosen = allocate(source, settings, alphas_file=budget.alphas, reporter=console, **machine.measuring())
@@ -104,12 +113,14 @@ def command(
             write_atomically(modelfile_path, text)
             if remark:
                 console.note(remark)
-        commands = _next_commands(out, modelfile_path if modelfile else None)
+        commands = _next_commands(done, modelfile_path if modelfile else None)
         size = format_count(done.size, "bytes")
-        console.result(f"Wrote {out}: {size}, {chosen.expert_bpw:.4g} bits per expert weight")
+        console.result(f"Wrote {out}: {size}, {done.expert_bpw:.4g} bits per expert weight")
         console.result("Try it:")
         for line in commands:
             console.result(f"  {line}")
+        if done.containers:
+            console.note(NO_OLLAMA)
         answer |= {"output": str(out), "size_bytes": done.size, "commands": commands}
     console.json(answer)
 
@@ -118,14 +129,12 @@ def _stem(name: str) -> str:
     return re.sub(r"[-_.]?(f32|f16|bf16)?\.gguf$", "", name, flags=re.IGNORECASE) or "model"
 
 
-def _next_commands(out: Path, modelfile: Path | None) -> list[str]:
-    """How to run the file: with this tool, llama.cpp and Ollama."""
-    name, file = out.stem.lower(), shlex.quote(str(out))
+def _next_commands(done: Conversion, modelfile: Path | None) -> list[str]:
+    """How to run the file: with this tool, llama.cpp and, unless experts have types of their own, Ollama."""
+    out = done.path
+    if done.containers:
+        return container_commands(out, read_header(out).get(OPTIONS_KEY))
     script = shlex.quote(str(modelfile or out.with_suffix(".Modelfile")))
     write = "" if modelfile else f"echo FROM ./{shlex.quote(out.name)} > {script} && "
-    return [
-        f'alphaq-gguf run {file} "Hello"',
-        f'llama-cli -m {file} -p "Hello"',
-        f"llama-server -m {file}",
-        f"{write}ollama create {name} -f {script} && ollama run {name}",
-    ]
+    name = out.stem.lower()
+    return [*ordinary_commands(out), f"{write}ollama create {name} -f {script} && ollama run {name}"]

@@ -15,11 +15,11 @@ from ..strategy_comparison import StrategyComparison
 _PROVEN = 1e-8
 
 
-def type_grid(cells: Iterable[tuple[int, str, QType]]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of a table of types: a row per run of equal layers, a column per projection."""
+def type_grid(cells: Iterable[tuple[int, str, str]]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of a table of type names: a row per run of equal layers, a column per projection."""
     layers: dict[int, dict[str, str]] = {}
-    for layer, proj, qtype in cells:
-        layers.setdefault(layer, {})[proj] = qtype.name
+    for layer, proj, name in cells:
+        layers.setdefault(layer, {})[proj] = name
     projs = [p for p in ("gate_up", "gate", "up", "down") if any(p in row for row in layers.values())]
     runs: list[tuple[int, int, list[str]]] = []
     for layer in sorted(layers):
@@ -41,7 +41,7 @@ def gap_text(gap: float, method: str) -> str:
 def show_recipe(console: Console, recipe: Recipe) -> None:
     """The allocation as a table, its budget, and how near the optimum it is."""
     if recipe.granularity == "stack":
-        columns, rows = type_grid((u.layer, u.proj, u.qtype) for u in recipe.units)
+        columns, rows = type_grid((u.layer, u.proj, u.qtype.name) for u in recipe.units)
         console.table("Types of the expert stacks", columns, rows)
     else:
         console.table("Experts by type", *_expert_grid(recipe))
@@ -58,9 +58,14 @@ def show_recipe(console: Console, recipe: Recipe) -> None:
         f"{name} {100 * count / sum(recipe.histogram().values()):.0f} %"
         for name, count in sorted(recipe.histogram().items())
     )
-    console.result(
-        f"Experts: {recipe.expert_bpw:.4g} bits per weight, {format_count(recipe.expert_bytes, 'bytes')} ({shares})"
-    )
+    n_bytes, bits = result.get("expert_bytes", recipe.expert_bytes), result.get("expert_bpw", recipe.expert_bpw)
+    unused = ""
+    if result.get("containers"):
+        unused = f", of which {100 * result['wasted_bytes'] / n_bytes:.2g} % unused"
+    console.result(f"Experts: {bits:.4g} bits per weight, {format_count(n_bytes, 'bytes')}{unused} ({shares})")
+    if "containers" in result:
+        n_stacks = len({unit.tensor for unit in recipe.units})
+        console.result(f"Stacks: {n_stacks - result['containers']} plain, {result['containers']} in containers")
     if result.get("file_bytes"):
         console.result(f"File: {format_count(result['file_bytes'], 'bytes')}")
     if result.get("memory_bytes"):

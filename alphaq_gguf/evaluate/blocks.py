@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..calibration.imatrix import ImportanceMatrix
-from ..checkpoint import ExpertStack, Source
+from ..checkpoint import Source
 from ..checkpoint.gguf import GGUFSource
 from ..checkpoint.huggingface import HuggingFaceSource, describe_model, read_config
 from ..conversion import check_imatrix
 from ..encode import find_encoder
 from ..errors import AlphaQError
-from ..qtypes import QType, fits
-from ..recipe import Recipe
+from ..qtypes import QType
+from ..recipe import Recipe, check_source, matrix_types
 from .llama import LlamaVocabulary
 
 
@@ -31,7 +30,7 @@ class Blocks(ABC):
     source: Source
     label: str
     config: dict[str, Any]
-    types: dict[str, Sequence[QType]]
+    types: Mapping[str, Sequence[QType]]
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -50,9 +49,9 @@ class FileBlocks(Blocks):
     """
 
     def __init__(self, path: Path, model: Path | None = None) -> None:
-        self.source = GGUFSource(path, allow_requantize=True)
+        self.source = self._file = GGUFSource(path, allow_requantize=True)
         self.label = str(path)
-        config = self.source.model_config
+        config = self._file.model_config
         if model is not None:
             if not model.is_dir():
                 raise AlphaQError(f"{model} is no directory", "give a Hugging Face directory with a config.json")
@@ -63,14 +62,13 @@ class FileBlocks(Blocks):
                 "give the Hugging Face directory it was made from, or its config.json alone in one: --model DIR",
             )
         self.config = config
-        counts = {stack.name: stack.n_experts for stack in self.source.stacks}
-        self.types = {name: [info.qtype] * counts.get(name, 1) for name, info in self.source.tensors.items()}
+        self.types = self._file.matrix_types
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self.source.read_bytes(name, start, stop)
+        return self._file.read_blocks(name, start, stop)
 
     def open_vocabulary(self) -> LlamaVocabulary:
-        return LlamaVocabulary(self.source.files[0])
+        return LlamaVocabulary(self._file.files[0])
 
 
 class RecipeBlocks(Blocks):
@@ -94,12 +92,8 @@ class RecipeBlocks(Blocks):
         self._threads = threads
         self._encode = find_encoder(recipe.settings.get("encoder", "libggml"), device).encode
         check_imatrix(recipe, imatrix, "recipe")
-        if recipe.source != source.fingerprint:
-            raise AlphaQError(
-                f"recipe: made for another model, {recipe.source[:12]}: {source.label} is {source.fingerprint[:12]}",
-                "allocate again for this model",
-            )
-        self.types = _types_by_matrix(recipe, source)
+        check_source(recipe, source, "recipe")
+        self.types = matrix_types(recipe, source)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         types, info = self.types[name], self.source.tensors[name]
@@ -113,28 +107,3 @@ class RecipeBlocks(Blocks):
 
     def open_vocabulary(self) -> LlamaVocabulary:
         return LlamaVocabulary.of_fields(self.source.fields)
-
-
-def _types_by_matrix(recipe: Recipe, source: Source) -> dict[str, Sequence[QType]]:
-    """The type of each tensor that is no expert stack, and of each expert of those that are."""
-    stacks: dict[str, ExpertStack] = {stack.name: stack for stack in source.stacks}
-    found: dict[str, Sequence[QType]] = {name: [qtype] for name, qtype in recipe.tensors.items()}
-    chosen: dict[str, dict[int, QType]] = {}
-    named: Counter[tuple[str, int]] = Counter()
-    for unit in recipe.units:
-        stack = stacks.get(unit.tensor)
-        experts = range(stack.n_experts) if stack and unit.expert is None else [unit.expert or 0]
-        for xid in experts:
-            named[unit.tensor, xid] += 1
-            chosen.setdefault(unit.tensor, {})[xid] = unit.qtype
-    for name, types in chosen.items():
-        found[name] = [types[xid] for xid in sorted(types)]
-    expected = {(stack.name, xid) for stack in source.stacks for xid in range(stack.n_experts)}
-    if expected != named.keys() or set(named.values()) != {1} or found.keys() != source.tensors.keys():
-        raise AlphaQError("recipe: does not cover the model's tensors exactly, each once", "allocate again")
-    for name, types in found.items():
-        n_cols = source.tensors[name].n_cols
-        unfit = next((qtype for qtype in types if not fits(qtype, n_cols)), None)
-        if unfit is not None:
-            raise AlphaQError(f"recipe: {name} has rows of {n_cols}, which {unfit.name} blocks do not divide")
-    return found
