@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,23 @@ from .budget import (
     check_budget,
     make_problem,
     make_units,
-    matrices_bytes,
     smallest_choice,
 )
 from .calibration.imatrix import ImportanceMatrix, open_importance
 from .checkpoint import Source
 from .encode import ENCODERS, Encoder, find_encoder
 from .layout import alignment_of, plan_file
-from .measurements import Measurements, key_of
+from .measurements import key_of
 from .memory import ContextSettings, MemoryNeed, memory_need
+from .outcome import make_recipe
 from .qtypes import QType
-from .recipe import Recipe, RecipeUnit
+from .recipe import Recipe
 from .reporter import Reporter, Silent
-from .scope import allocate_scope
+from .scope import allocate_within
 from .signals import mass_of, measure_masses, measure_signals, needs_of, read_calibration
-from .spread import spread_of, warnings_about
+from .spread import warnings_about
 from .stacking import stacking_loss
 from .strategies import STRATEGIES, Allocation, Problem
-from .strategies.base import matrix_type
 from .tensor_types import choose_types
 
 TOOL = f"alphaq-gguf {__version__}"
@@ -91,10 +89,10 @@ def allocate(
             reporter.warn(line)
     budget = frame.problem.budget
     while True:
-        allocation = allocate_scope(strategy, replace(problem, budget=budget), settings.scope)
-        recipe = _recipe(frame.base, problem, allocation, settings, measured, frame.imatrix, encoder.name)
+        allocation = allocate_within(strategy, replace(problem, budget=budget), settings.scope)
+        recipe = make_recipe(frame.base, problem, allocation, settings, measured, frame.imatrix, encoder.name)
         recipe.result["stacking"] = _stacking(source, frame.fixed, settings, problem, allocation, recipe)
-        if settings.granularity != "stack":
+        if settings.granularity != "stack" and not settings.containers:
             return recipe
         recipe.result["file_bytes"] = plan_file(source, recipe, frame.imatrix).size
         if frame.need is not None:
@@ -192,14 +190,16 @@ def overhead_bytes(
     source: Source, base: Recipe, settings: AllocationSettings, imatrix: ImportanceMatrix | None = None
 ) -> int:
     """Bytes of the file beside its expert stacks, with a recipe as long as the real one will be."""
-    units = make_units(source.stacks, {}, None)
-    problem = make_problem(units, replace(settings, bpw=None), alignment_of(source))
-    choice = smallest_choice(problem)
-    rows = np.arange(len(choice))
+    granularity = settings.granularity if settings.containers else "stack"
+    settings = replace(settings, bpw=None, granularity=granularity)
+    problem = make_problem(make_units(source.stacks, {}, None, granularity), settings, alignment_of(source))
+    # Two types in every stack of experts, so that the file tells of containers.
+    is_odd = [unit.xid is not None and unit.xid % 2 == 1 for unit in problem.units]
+    choice = np.where(is_odd, problem.size.argmax(axis=1), smallest_choice(problem))
     numbers = np.full(len(choice), _SOME_NUMBER)
     placeholder = Allocation(choice, numbers, *[_SOME_NUMBER] * 3, method="exact", sensitivity=numbers)
-    base, encoder = replace(base, granularity="stack"), max(ENCODERS, key=len)
-    provisional = _recipe(base, problem, placeholder, settings, None, imatrix, encoder)
+    base, encoder = replace(base, granularity=granularity), max(ENCODERS, key=len)
+    provisional = make_recipe(base, problem, placeholder, settings, None, imatrix, encoder)
     alphas = dict.fromkeys(("alpha_median", "alpha_min", "alpha_max"), _SOME_NUMBER)
     longest = tuple(replace(unit, **alphas) for unit in provisional.units)
     # As long as any size, so that the answer does not depend on the size that is asked for.
@@ -210,89 +210,4 @@ def overhead_bytes(
     layers = {str(unit.layer): losses for unit in longest}
     provisional.result["stacking"] = {**losses, "layers": layers}
     size = plan_file(source, replace(provisional, units=longest), imatrix).size
-    return size + _SETTINGS_BYTES - int(problem.size[rows, choice].sum())
-
-
-def _recipe(
-    base: Recipe,
-    problem: Problem,
-    allocation: Allocation,
-    settings: AllocationSettings,
-    measured: Measurements | None,
-    imatrix: ImportanceMatrix | None,
-    encoder: str,
-) -> Recipe:
-    units = []
-    for u, unit in enumerate(problem.units):
-        # A whole expert's choice is told tensor by tensor, in the types its rows really take.
-        parts = [list(group) for _, group in groupby(unit.matrices, key=lambda m: m.stack)]
-        for matrices in parts:
-            qtype = matrix_type(matrices[0], problem.qtypes[int(allocation.choice[u])])
-            known = measured and measured.alphas
-            spread = spread_of(known[key_of(m)] for m in matrices) if known else None
-            cost = None if allocation.unit_cost is None or len(parts) > 1 else float(allocation.unit_cost[u])
-            units.append(
-                RecipeUnit(
-                    tensor=matrices[0].stack,
-                    layer=unit.bid,
-                    proj=unit.proj if len(parts) == 1 else matrices[0].proj,
-                    n_weights=sum(m.n_rows * m.n_cols for m in matrices),
-                    qtype=qtype,
-                    n_bytes=matrices_bytes(matrices, qtype),
-                    expert=unit.xid,
-                    alpha_median=spread.median if spread else None,
-                    alpha_min=spread.low if spread else None,
-                    alpha_max=spread.high if spread else None,
-                    sensitivity=None if allocation.sensitivity is None else float(allocation.sensitivity[u]),
-                    cost=cost,
-                )
-            )
-    recorded: dict[str, Any] = {
-        "strategy": settings.strategy,
-        "scope": settings.scope,
-        "bpw": settings.bpw,
-        "size_bytes": settings.size_bytes,
-        "fit_bytes": settings.fit_bytes,
-        "n_ctx": None if settings.fit_bytes is None else settings.n_ctx,
-        "gamma": settings.gamma,
-        "alpha_reference": settings.alpha_reference,
-        "routing_mass": settings.routing_mass,
-        "initial_router": None if settings.initial_router is None else settings.initial_router.name,
-        "calibration": None if settings.calibration is None else settings.calibration.name,
-        "imatrix": None if imatrix is None else {"file": Path(imatrix.label).name, "digest": imatrix.digest},
-        "encoder": encoder,
-        "exponents": settings.exponents if settings.strategy == "pmq" else None,
-        "seed": settings.alphas.seed,
-        "distortion": settings.distortion.kind,
-        "types": None if settings.types is None else [q.name for q in settings.types],
-        "tensor_types": [f"{pattern}={qtype.name}" for pattern, qtype in settings.overrides],
-        "alphas": measured.alpha_header if measured else {},
-        "distortions": measured.distortion_header if measured else {},
-    }
-    recipe = replace(base, settings=recorded, result={}, units=tuple(units))
-    recipe.result.update(
-        {
-            "expert_bpw": recipe.expert_bpw,
-            "expert_bytes": recipe.expert_bytes,
-            **allocation.parameters,
-            "cost": allocation.cost,
-            "lower_bound": allocation.lower_bound,
-            "gap": allocation.gap,
-            "method": allocation.method,
-            "distortion_standard_error": _relative_error(problem, allocation, measured),
-        }
-    )
-    return recipe
-
-
-def _relative_error(problem: Problem, allocation: Allocation, measured: Measurements | None) -> float | None:
-    """Standard error of the allocation's summed squared error from sampling rows, relative to the sum."""
-    if not measured or not measured.distortions:
-        return None
-    chosen = [
-        measured.distortions[key_of(m), matrix_type(m, problem.qtypes[int(allocation.choice[u])])]
-        for u, unit in enumerate(problem.units)
-        for m in unit.matrices
-    ]
-    total = sum(d.squared_error for d in chosen)
-    return float(np.sqrt(sum(d.standard_error**2 for d in chosen)) / total) if total else 0.0
+    return size + _SETTINGS_BYTES - problem.n_bytes(choice)
