@@ -29,12 +29,13 @@ class AllocationSettings:
     """What to allocate. Exactly one of `bpw` (over expert weights), `size_bytes` (whole file) and
     `fit_bytes` (memory for the file, and for what running it at a context of `n_ctx` tokens takes) is given.
 
-    `granularity` is what gets a type of its own, one of GRANULARITIES; `scope` is what the budget is
-    divided over evenly first, one of SCOPES. `routing_mass`, one of ROUTING_MASSES, multiplies costs by how
-    much random vectors use an expert, or text ("true-"); None leaves it to the strategy. `initial_router` is a
-    safetensors file with the routers before training. `imatrix` weighs rounding and tells how text uses the experts,
-    unless `calibration` does. `exponents` are PMQ's of frequency, gate weight and error.
-    `gamma` None asks for the rule 1 / std(ln alpha); `types` restricts the types of expert stacks;
+    `granularity` is what gets a type of its own, one of GRANULARITIES. Where that is no stack, `containers` has the
+    budget count what a GGUF stores, stacks of several types with the unused bytes of their containers, and not the
+    experts' own bytes alone. `scope` is what the budget is divided over evenly first, one of SCOPES. `routing_mass`,
+    one of ROUTING_MASSES, multiplies costs by how much random vectors use an expert, or text ("true-"); None leaves it
+    to the strategy. `initial_router` is a safetensors file with the routers before training. `imatrix` weighs rounding
+    and tells how text uses the experts, unless `calibration` does. `exponents` are PMQ's of frequency, gate weight and
+    error. `gamma` None asks for the rule 1 / std(ln alpha); `types` restricts the types of expert stacks;
     `overrides` set the types of single tensors.
     """
 
@@ -43,6 +44,7 @@ class AllocationSettings:
     fit_bytes: int | None = None
     n_ctx: int = DEFAULT_CONTEXT
     granularity: str = "stack"
+    containers: bool = True
     scope: str = "global"
     strategy: str = "alphaq"
     gamma: float | None = None
@@ -132,11 +134,15 @@ def wanted_types(units: Iterable[Unit]) -> dict[str, tuple[QType, ...]]:
 
 
 def make_problem(units: tuple[Unit, ...], settings: AllocationSettings, alignment: int) -> Problem:
-    """The problem before anything is measured. A budget for the whole file pays for alignment too."""
+    """The problem before anything is measured. A budget for the whole file pays for alignment too.
+
+    Where units are experts and the settings ask for containers, what they are stored in is aligned, and they are not.
+    """
     qtypes = tuple(sorted({q for unit in units for q in unit.options}, key=bpw))
     # Experts lie next to each other inside a stack; only stacks are aligned.
     is_stack = all(unit.xid is None for unit in units)
-    step = alignment if settings.bpw is None and is_stack else 1
+    padding = alignment if settings.bpw is None else 1
+    step = padding if is_stack else 1
     size = [
         [align(matrices_bytes(unit.matrices, q), step) if q in unit.options else 0 for q in qtypes] for unit in units
     ]
@@ -151,6 +157,7 @@ def make_problem(units: tuple[Unit, ...], settings: AllocationSettings, alignmen
         alpha_reference=settings.alpha_reference,
         exponents=settings.exponents,
         seed=settings.alphas.seed,
+        stack_alignment=padding if settings.containers and settings.granularity != "stack" else None,
     )
 
 
@@ -160,9 +167,8 @@ def smallest_choice(problem: Problem) -> np.ndarray:
 
 
 def size_range(problem: Problem) -> tuple[int, int]:
-    """(least, most) bytes that the units can take."""
-    least = problem.size[np.arange(len(problem.units)), smallest_choice(problem)].sum()
-    return int(least), int(problem.size.max(axis=1).sum())
+    """(least, most) bytes that the units take when all have their smallest or their largest type."""
+    return problem.n_bytes(smallest_choice(problem)), problem.n_bytes(problem.size.argmax(axis=1))
 
 
 def check_budget(settings: AllocationSettings) -> None:

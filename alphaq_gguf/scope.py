@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
+from .budget import smallest_choice
 from .errors import BudgetError
 from .strategies import Allocation, Problem, Strategy, Unit
 
@@ -13,6 +15,58 @@ _GROUP_OF: dict[str, Callable[[Unit], tuple[str, str]]] = {
     "layer": lambda unit: ("layer", str(unit.bid)),
     "projection": lambda unit: ("projection", unit.proj),
 }
+
+# Halvings of the range of bytes to spend: down to about a thousandth of a bit per weight.
+_N_HALVINGS = 12
+
+
+def allocate_within(strategy: Strategy, problem: Problem, scope: str) -> Allocation:
+    """`allocate_scope` with what is stored within the budget, also by strategies that know nothing of containers.
+
+    Those get as many of the experts' own bytes to spend as lead to a choice that fits. BudgetError when none does.
+    """
+    first = allocate_scope(strategy, problem, scope)
+    if _fits(problem, first):
+        return first
+    least = problem.size[np.arange(len(problem.units)), smallest_choice(problem)]
+    low, high = int(least.sum()), problem.budget
+    best = _spend(strategy, problem, scope, low)
+    best = best if best is not None and _fits(problem, best) else None
+    for _ in range(_N_HALVINGS):
+        if high - low < 2:
+            break
+        middle = (low + high) // 2
+        found = _spend(strategy, problem, scope, middle)
+        if found is not None and not _fits(problem, found):
+            high = middle
+        else:
+            low, best = middle, found or best
+    if best is None:
+        raise BudgetError(
+            f"{strategy.name} finds no choice of types that is stored in {problem.budget:,} bytes",
+            "ask for more, or use --granularity stack",
+        )
+    if best.weights is None or best.cost is None or first.lower_bound is None:
+        return best
+    # No choice beats what the experts' own bytes would allow.
+    bound = min(first.lower_bound, best.cost)
+    gap = (best.cost - bound) / bound if bound > 0 else 0.0
+    return replace(best, lower_bound=bound, gap=gap, method="exact" if gap == 0 else "bounded")
+
+
+def _spend(strategy: Strategy, problem: Problem, scope: str, n_bytes: int) -> Allocation | None:
+    """What the strategy makes of `n_bytes` of the experts' own; None when they are too few for it."""
+    try:
+        return allocate_scope(strategy, replace(problem, budget=n_bytes), scope)
+    except BudgetError:
+        return None
+
+
+def _fits(problem: Problem, allocation: Allocation) -> bool:
+    try:
+        return problem.n_bytes(allocation.choice) <= problem.budget
+    except ValueError:
+        return False
 
 
 def allocate_scope(strategy: Strategy, problem: Problem, scope: str) -> Allocation:

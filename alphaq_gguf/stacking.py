@@ -58,7 +58,7 @@ def stacking_loss(
     tables = []
     for granularity in ("expert", "stack"):
         units = make_units(stacks, fixed, settings.types, granularity)
-        shape = make_problem(units, replace(settings, bpw=1.0), alignment=1)
+        shape = make_problem(units, replace(settings, bpw=1.0, containers=False), alignment=1)
         known = replace(shape, alphas=signals.alphas, distortions=signals.distortions, analytic=signals.analytic)
         tables.append((known, cost_table(known, weights)))
     total = _compare(tables, lambda unit: True, sum(bytes_of_layer.values()))

@@ -19,7 +19,7 @@ from .encode import Encoder
 from .errors import AlphaQError, UsageError
 from .qtypes import bpw
 from .reporter import Reporter, Silent
-from .scope import allocate_scope
+from .scope import allocate_within
 from .signals import mass_of, measure_masses, measure_signals, needs_of, read_calibration
 from .strategies import STRATEGIES, Problem
 from .strategies.base import matrix_distortion, matrix_type
@@ -100,7 +100,7 @@ def compare_strategies(
                 )
             # Only those that ask for masses may see them, because they weigh every cost table.
             own = replace(problem, masses=known_masses[mass])
-            choice = allocate_scope(strategy, own, settings.scope).choice
+            choice = allocate_within(strategy, own, settings.scope).choice
         except AlphaQError as error:
             results.append(Result(name, reason=f"{error.message} -> {error.hint}" if error.hint else error.message))
             continue
@@ -111,13 +111,18 @@ def compare_strategies(
 
 
 def _result(name: str, problem: Problem, choice: np.ndarray) -> Result:
-    error, n_bytes, types = 0.0, 0, Counter()
+    error, types = 0.0, Counter()
     for unit, t in zip(problem.units, choice, strict=True):
         qtype = problem.qtypes[int(t)]
-        n_bytes += matrices_bytes(unit.matrices, qtype)
         for matrix in unit.matrices:
             error += matrix_distortion(problem, matrix, qtype)
             types[matrix_type(matrix, qtype).name] += matrix.n_rows * matrix.n_cols
+    if problem.stack_alignment is None:
+        n_bytes = sum(
+            matrices_bytes(u.matrices, problem.qtypes[int(t)]) for u, t in zip(problem.units, choice, strict=True)
+        )
+    else:
+        n_bytes = sum(stored.n_bytes for stored in problem.stacks(choice).values())
     n_weights = sum(unit.n_weights for unit in problem.units)
     return Result(name, error, n_bytes, n_bytes * 8 / n_weights, dict(types))
 

@@ -102,6 +102,7 @@ def measure_row(
         bpw=asked["budget"],
         strategy=name,
         granularity=asked["granularity"],
+        containers=False,
         routing_mass=mass or None,
         calibration=arguments.calibration,
         imatrix=arguments.imatrix,

@@ -158,11 +158,19 @@ class BudgetOptions:
     granularity: Annotated[
         GranularityName,  # pyright: ignore[reportInvalidTypeForm]
         typer.Option(
-            help="What gets a type of its own: a stack (what a GGUF can hold), each expert of it, or each expert with "
-            "all its projections.",
+            help="What gets a type of its own: a stack, as in any GGUF, each expert of it, or each expert with all its "
+            "projections.",
             rich_help_panel=_BUDGET,
         ),
     ] = GranularityName.stack
+    containers: Annotated[
+        bool,
+        typer.Option(
+            help="With a type per expert, spend the budget on what a GGUF stores, unused bytes of containers included, "
+            "or on the experts' own bytes alone.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = True
     scope: Annotated[
         ScopeName,  # pyright: ignore[reportInvalidTypeForm]
         typer.Option(help="What the budget is shared out over evenly before it is spent.", rich_help_panel=_BUDGET),
@@ -247,6 +255,7 @@ class BudgetOptions:
             imatrix=self.imatrix,
             exponents=self.pmq_exponents,
             granularity=self.granularity.value,
+            containers=self.containers,
             scope=self.scope.value,
             gamma=self.gamma,
             alpha_reference=self.alpha_reference.value,

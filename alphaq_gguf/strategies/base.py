@@ -9,10 +9,12 @@ from typing import Protocol
 
 import numpy as np
 
-from ..allocate import solve_budget
+from ..allocate import Solution, solve_budget
 from ..calibration import Calibration
 from ..checkpoint import ExpertMatrix
+from ..contained import Stored, solve_stacks, store
 from ..errors import AlphaQError
+from ..gguf_file import align
 from ..measurements import Alpha, Distortion, Key, key_of
 from ..qtypes import NOMINAL_BITS, QType, stock_substitute
 
@@ -47,7 +49,8 @@ class Problem:
     [units, types]; `budget` in bytes. `gamma` None asks for the rule of choose_gamma. `masses`, by which
     costs are multiplied where there are any, and `router_norms` are by (layer, expert); `row_variances`
     hold the largest variance of a row. `calibration` says how text uses the experts; `exponents` are PMQ's of
-    frequency, gate weight and error.
+    frequency, gate weight and error. `stack_alignment` is there when the units are experts of stacks in a file and the
+    budget counts what that stores: the bytes that stacks are aligned to.
     """
 
     units: tuple[Unit, ...]
@@ -66,11 +69,34 @@ class Problem:
     gamma: float | None = None
     alpha_reference: str = "all"
     seed: int = 0
+    stack_alignment: int | None = None
 
     def part(self, rows: Sequence[int], budget: int) -> Problem:
         """The problem of these units alone, with a budget of their own."""
         units = tuple(self.units[u] for u in rows)
         return replace(self, units=units, size=self.size[rows], allowed=self.allowed[rows], budget=budget)
+
+    def n_bytes(self, choice: np.ndarray) -> int:
+        """What the budget counts of a choice: the units' bytes, or what a file stores. ValueError as for `stacks`."""
+        if self.stack_alignment is None:
+            return int(self.size[np.arange(len(self.units)), choice].sum())
+        return sum(align(stored.n_bytes, self.stack_alignment) for stored in self.stacks(choice).values())
+
+    def stacks(self, choice: np.ndarray) -> dict[str, Stored]:
+        """How each expert stack is stored when its experts are units that have these types.
+
+        ValueError for a stack that no GGUF type holds.
+        """
+        matrices: dict[str, dict[int, list[ExpertMatrix]]] = {}
+        types: dict[str, dict[int, QType]] = {}
+        for unit, t in zip(self.units, choice, strict=True):
+            for matrix in unit.matrices:
+                matrices.setdefault(matrix.stack, {}).setdefault(matrix.xid, []).append(matrix)
+                types.setdefault(matrix.stack, {})[matrix.xid] = matrix_type(matrix, self.qtypes[int(t)])
+        return {
+            name: store(_shape(list(experts.values())), [types[name][xid] for xid in sorted(experts)])
+            for name, experts in matrices.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -167,7 +193,7 @@ def solve_costs(problem: Problem, weights: dict[Key, float], parameters: dict[st
     cost = cost_table(problem, weights)
     if not np.isfinite(cost[problem.allowed]).all():
         raise AlphaQError("the cost table overflows", "use a smaller --gamma")
-    solution = solve_budget(cost, problem.size, problem.budget)
+    solution = _solve(problem, cost)
     sensitivity = np.array([np.mean([weights[key_of(m)] for m in unit.matrices]) for unit in problem.units])
     return Allocation(
         choice=solution.choice,
@@ -180,6 +206,23 @@ def solve_costs(problem: Problem, weights: dict[Key, float], parameters: dict[st
         sensitivity=sensitivity,
         weights=weights,
     )
+
+
+def _solve(problem: Problem, cost: np.ndarray) -> Solution:
+    """The least cost within the budget, stack by stack where that counts what a file stores of stacks."""
+    if problem.stack_alignment is None or any(unit.proj == "all" for unit in problem.units):
+        return solve_budget(cost, problem.size, problem.budget)
+    rows: dict[str, list[int]] = defaultdict(list)
+    # Experts lie in a stack by their number.
+    for u in sorted(range(len(problem.units)), key=lambda u: problem.units[u].xid or 0):
+        rows[problem.units[u].matrices[0].stack].append(u)
+    stacks = [(_shape([problem.units[u].matrices for u in found]), found) for found in rows.values()]
+    return solve_stacks(stacks, problem.qtypes, cost, problem.budget, problem.stack_alignment)
+
+
+def _shape(experts: Sequence[Sequence[ExpertMatrix]]) -> tuple[int, int, int]:
+    """[experts, rows, columns] of the stack that these matrices are, by expert."""
+    return len(experts), sum(matrix.n_rows for matrix in experts[0]), experts[0][0].n_cols
 
 
 def with_floor(masses: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
