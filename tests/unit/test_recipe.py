@@ -20,8 +20,10 @@ from alphaq_gguf.recipe import (
     Recipe,
     RecipeUnit,
     check_recipe,
+    embedded_json,
     from_json,
     load_recipe,
+    matrix_types,
     save_recipe,
     tensor_type_lines,
     to_json,
@@ -120,6 +122,64 @@ def test_a_type_whose_blocks_do_not_divide_the_rows_is_refused(tmp_path):
         check_recipe(recipe, narrow, "here")
 
 
+@pytest.fixture
+def mixed(recipe: Recipe) -> Recipe:
+    """As `recipe`, but with a type for each expert of the gate and of the up projection."""
+    choices = {"gate": [QType.Q2_K, QType.Q4_K], "up": [QType.Q4_K, QType.Q4_K]}
+    units = [
+        RecipeUnit(stack_name(proj), 0, proj, 256 * 256, qtype, N_BYTES[qtype] // 2, xid, cost=0.1)
+        for proj, qtypes in choices.items()
+        for xid, qtype in enumerate(qtypes)
+    ]
+    return replace(recipe, units=(*units, recipe.units[2]), granularity="expert")
+
+
+def test_types_are_told_by_expert_and_in_the_order_of_the_source(recipe, mixed, source):
+    assert list(matrix_types(mixed, source)) == list(source.tensors)
+    assert matrix_types(mixed, source) == {
+        stack_name("gate"): [QType.Q2_K, QType.Q4_K],
+        stack_name("up"): [QType.Q4_K] * 2,
+        stack_name("down"): [QType.Q8_0] * 2,
+        ROUTER: [QType.F32],
+    }
+    assert matrix_types(recipe, source) == {
+        **{stack_name(proj): [qtype] * 2 for proj, qtype in CHOICES.items()},
+        ROUTER: [QType.F32],
+    }
+    check_recipe(mixed, source, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        pytest.param(lambda r: replace(r, units=r.units[1:]), f"{stack_name('gate')} expert 0", id="missing"),
+        pytest.param(lambda r: replace(r, units=(*r.units, r.units[1])), f"{stack_name('gate')} expert 1", id="twice"),
+        pytest.param(lambda r: changed(r, 1, expert=2), f"{stack_name('gate')} expert 1", id="too-far"),
+        pytest.param(lambda r: changed(r, 1, expert=None), f"{stack_name('gate')} expert 0", id="expert-and-stack"),
+        pytest.param(lambda r: changed(r, 4, expert=0), f"{stack_name('down')} expert 1", id="half-a-stack"),
+        pytest.param(lambda r: changed(r, 0, tensor=ROUTER), "exactly, each once", id="expert-of-the-router"),
+        pytest.param(lambda r: changed(r, 0, n_weights=2 * 256 * 256), "expert 0 has 65536 weights", id="weights"),
+        pytest.param(lambda r: changed(r, 1, n_bytes=1), f"expert 1 as Q4_K takes {256 * 144} bytes", id="bytes"),
+    ],
+)
+def test_experts_that_do_not_fit_the_source_are_refused(mixed, source, change, cause):
+    with pytest.raises(AlphaQError, match=f"^here: .*{re.escape(cause)}"):
+        check_recipe(change(mixed), source, "here")
+
+
+def test_experts_survive_the_file_and_are_told_by_type_in_a_gguf(mixed, tmp_path):
+    save_recipe(mixed, tmp_path / "r.json")
+    assert load_recipe(tmp_path / "r.json") == mixed
+    units = {unit["tensor"]: unit for unit in embedded_json(mixed)["units"]}
+    assert {name: unit.get("experts") for name, unit in units.items()} == {
+        stack_name("gate"): {"Q2_K": [0], "Q4_K": [1]},
+        stack_name("up"): {"Q4_K": [0, 1]},
+        stack_name("down"): None,
+    }
+    assert units[stack_name("gate")]["n_bytes"] == 256 * (84 + 144)
+    assert units[stack_name("down")]["qtype"] == "Q8_0"
+
+
 def edit(recipe: Recipe, **changes) -> dict:
     return {**json.loads(json.dumps(to_json(recipe))), **changes}
 
@@ -133,6 +193,22 @@ def edit(recipe: Recipe, **changes) -> dict:
         ({"units": [{"tensor": "a"}]}, "damaged recipe"),
         ({"units": [{"qtype": "Q4_K", "surprise": 1}]}, "damaged recipe"),
         ({"units": 5}, "damaged recipe"),
+        (
+            {
+                "units": [
+                    {
+                        "tensor": "a",
+                        "layer": 0,
+                        "proj": "up",
+                        "n_weights": 1,
+                        "qtype": "Q4_K",
+                        "n_bytes": 1,
+                        "expert": "1",
+                    }
+                ]
+            },
+            "expert that is no number",
+        ),
         ({"tensors": {ROUTER: "Q9_X"}}, "Q9_X"),
         ({"tensors": [ROUTER]}, "damaged recipe"),
     ],
