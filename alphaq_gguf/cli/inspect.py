@@ -77,7 +77,7 @@ def _show_containers(console: Console, info: dict[str, Any]) -> None:
         if len(s["types"]) > 1
     ]
     if rows:
-        console.table("Stacks by expert", ["stack", "experts", "stored in", "unused"], rows)
+        console.table("Stacks whose experts have types of their own", ["stack", "experts", "stored in", "unused"], rows)
 
 
 def _commands(file: Path, info: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -346,6 +347,77 @@ def test_inspect_shows_types_sizes_and_our_recipe(tiny: Path, tmp_path: Path, cl
     assert info["experts"]["bpw"] == pytest.approx(expert_bpw(out))
     assert {s["tensor"]: s["qtype"] for s in info["stacks"]} == {n: t for n, t in types_of(out).items() if "exps" in n}
     assert [u["qtype"] for u in info["recipe"]["units"]] == [s["qtype"] for s in info["stacks"]]
+
+
+@pytest.mark.parametrize("granularity", ["expert", "expert-shared"])
+def test_a_type_per_expert_makes_a_file_that_says_how_it_runs(granularity: str, trained: Path, tmp_path: Path, cli):
+    out, again = tmp_path / "it's.gguf", tmp_path / "again.gguf"
+    recipe, asked = tmp_path / "r.json", ("--bpw", 3.2, "--strategy", "mse", "--granularity", granularity)
+    code, stdout, err = cli("convert", trained, "-o", out, *asked, "--save-recipe", recipe)
+    assert code == 0, err
+    reader = GGUFReader(out)
+    containers = reader.fields["alphaq.container.tensors"].contents()
+    assert set(containers) <= {t.name for t in reader.tensors}
+    assert f"{expert_bpw(out):.4g} bits per expert weight" in stdout
+    assert expert_bpw(out) <= 3.2
+    assert "Ollama and other programs that load no plug-ins cannot run it" in err
+    assert "ollama" not in stdout
+    plugin = 'GGML_BACKEND_PATH="$(alphaq-gguf plugin path)" '
+    quoted = f"'{str(out).replace(chr(39), chr(39) + chr(34) + chr(39) + chr(34) + chr(39))}'"
+    lines = [line.strip() for line in stdout.splitlines()]
+    assert f'alphaq-gguf run {quoted} "Hello"' in lines
+    assert f"alphaq-gguf serve {quoted}" in lines
+    for program in ("llama-server", "llama-cli"):
+        (line,) = [line for line in lines if line.startswith(f"{plugin}{program} ")]
+        words = shlex.split(line.removeprefix(plugin))
+        assert words[:4] == [program, "-m", str(out), "-ot"]
+        pattern, _, device = words[4].rpartition("=")
+        assert device == "ALPHAQ"
+        # As llama.cpp looks for it in the names of tensors.
+        assert {t.name for t in reader.tensors if re.search(pattern, t.name)} >= set(containers)
+        stacks = {t.name for t in reader.tensors if "_exps" in t.name}
+        assert {name for name in stacks if re.search(pattern, name)} == set(containers)
+        assert words[5:7] == ["--override-kv", "general.architecture=str:qwen2moe"]
+    assert cli("convert", trained, "-o", again, "--recipe", recipe)[0] == 0
+    assert again.read_bytes() == out.read_bytes()
+    data = json.loads(cli("convert", trained, "-o", out, "--recipe", recipe, "--force", "--json")[1])
+    assert data["commands"] == [line for line in lines if line in data["commands"]]
+    assert len(data["commands"]) == 4
+    assert json.loads(cli("inspect", out, "--json")[1])["commands"] == data["commands"]
+
+
+def test_inspect_tells_the_types_of_a_stacks_experts(trained: Path, tmp_path: Path, cli) -> None:
+    out = tmp_path / "out.gguf"
+    arguments = ("--bpw", 3.2, "--strategy", "mse", "--granularity", "expert")
+    assert cli("convert", trained, "-o", out, *arguments)[0] == 0
+    units = json.loads(GGUFReader(out).fields["alphaq.recipe"].contents())["units"]
+    types = {unit["tensor"]: {name: len(xids) for name, xids in unit["experts"].items()} for unit in units}
+    info = json.loads(cli("inspect", out, "--json")[1])
+    assert {stack["tensor"]: stack["types"] for stack in info["stacks"]} == types
+    assert info["architecture"] == "qwen2moe"
+    text = cli("inspect", out)[1]
+    stored, mixed = types_of(out), [stack for stack in info["stacks"] if len(stack["types"]) > 1]
+    assert mixed
+    for stack in mixed:
+        counts = ", ".join(f"{name} x{n}" for name, n in stack["types"].items())
+        row = rf"^{stack['layer']} {stack['proj']} +{counts} +{stored[stack['tensor']]} +[\d.]+ (KiB|B)$"
+        assert re.search(row, text, re.MULTILINE)
+    assert text.count("by expert") == len(mixed)
+    assert "It runs with the ggml plug-in of alphaq-gguf:" in text
+    assert "alphaq.container." not in text
+
+
+def test_a_modelfile_for_experts_of_several_types_is_refused_at_once(trained: Path, tmp_path: Path, cli) -> None:
+    asked = ("--bpw", 3.2, "--strategy", "mse", "--granularity", "expert")
+    recipe, out = tmp_path / "r.json", tmp_path / "out.gguf"
+    assert cli("allocate", trained, *asked, "-o", recipe)[0] == 0
+    for arguments in (asked, ("--recipe", recipe)):
+        code, _, err = cli("convert", trained, "-o", out, "--modelfile", *arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--modelfile: " in err
+        assert "Ollama and other programs that load no plug-ins" in err
+        assert "--granularity stack" in err
+    assert list(tmp_path.iterdir()) == [recipe]
 
 
 def test_modelfile_beside_the_gguf(tiny: Path, tmp_path: Path, cli) -> None:
