@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
-from container_bytes import BLOCKS, NUMBERS, Table, unpack
-from gguf import GGML_QUANT_SIZES
+from checkpoints import ROOT
+from container_bytes import BLOCKS, NUMBERS, Table, by_expert, unpack
+from gguf import GGML_QUANT_SIZES, GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
+from small_sources import stack_name, write_source
 
 from alphaq_gguf.container import (
     PAYLOAD_TYPES,
@@ -22,7 +26,9 @@ from alphaq_gguf.container import (
 )
 from alphaq_gguf.errors import AlphaQError
 from alphaq_gguf.gguf_file import TensorInfo
+from alphaq_gguf.pipeline import convert
 from alphaq_gguf.qtypes import QType
+from alphaq_gguf.recipe import Recipe
 
 NAME = "blk.0.ffn_up_exps.weight"
 
@@ -208,3 +214,29 @@ def test_a_table_larger_than_its_tensor_is_refused() -> None:
     many = Table(1000, 1, 8, [[1, 0, 0]] * 1000, 0)
     with pytest.raises(AlphaQError, match="its table takes 16040 bytes, the tensor has 8000"):
         parsed(many.pack(), TensorInfo(NAME, (1000, 1, 8), QType.I8))
+
+
+def listed_bytes(listing: str) -> bytes:
+    """The bytes of `hexdump -C` without its column of text."""
+    data = bytearray()
+    for line in listing.strip().splitlines():
+        if line == "*":
+            continue
+        at, *values = line.split()
+        last = bytes(data[-16:])
+        while len(data) < int(at, 16):
+            data += last
+        data += bytes.fromhex("".join(values))
+    return bytes(data)
+
+
+def test_the_example_in_the_documentation_is_what_is_written(tmp_path: Path) -> None:
+    text = (ROOT / "docs/container.md").read_text(encoding="utf-8")
+    listing = text[text.index("## Example") :].split("```")[1].removeprefix("text")
+    name = stack_name("down")
+    source = write_source(tmp_path / "in.gguf", {name: np.repeat([1, -2], 128).reshape(2, 4, 32).astype(np.float32)})
+    base = Recipe("a tool", source.fingerprint, "testmoe", {}, {}, ())
+    convert(source, by_expert(base, source, {name: [QType.Q8_0, QType.Q4_0]}), tmp_path / "out.gguf")
+    (tensor,) = GGUFReader(tmp_path / "out.gguf").tensors
+    assert tensor.tensor_type == QType.F16
+    assert tensor.data.tobytes() == listed_bytes(listing)
