@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 MODEL  := tests/models/stdlib-qwen2moe-4m
 OUT    := demo/stdlib-moe-alphaq.gguf
 
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup plugin demo test lint docs clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
@@ -25,10 +25,14 @@ $(VENV)/.installed: pyproject.toml
 	@echo "== Installing PyTorch ($(TORCH))"
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
 	@echo "== Installing alphaq-gguf. The first time llama-cpp-python is compiled: about 5 minutes without output."
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,torch-path,dev,report,eval]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,torch-path,dev,report,eval,serve]'
 	touch $@
 
-demo: setup
+# Without it everything works but files with a type per expert in llama.cpp.
+plugin: setup
+	-@$(BIN)/alphaq-gguf plugin build
+
+demo: setup plugin
 	@mkdir -p demo
 	@echo "== Converting $(MODEL) to 3.5 bits per expert weight"
 	$(BIN)/alphaq-gguf convert $(MODEL) -o $(OUT) --bpw 3.5 --modelfile --force
@@ -36,7 +40,7 @@ demo: setup
 	@echo "== Running it in llama.cpp"
 	$(BIN)/alphaq-gguf run $(OUT) "What does json.dumps do?" --max-tokens 60 --temperature 0
 
-test: setup
+test: setup plugin
 	@echo "== Fetching llama.cpp's own converter, the oracle of some tests (they skip without it)"
 	-$(BIN)/python tools/fetch_llama_cpp.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 import typer
 
-from alphaq_gguf.cli.main import COMMANDS
+from alphaq_gguf.cli.main import COMMANDS, GROUPS
 
 TARGET = Path(__file__).parents[1] / "docs/cli.md"
 
@@ -62,11 +62,14 @@ def render() -> str:
         "Exit codes: 0 ok, 1 failure, 2 wrong usage, 3 a bound that was set is missed, 130 interrupted. Every error is "
         "one line on stderr. With the environment variable `ALPHAQ_TRACEBACK` set, errors show where they come from.",
     ]
-    for module in COMMANDS:
-        hints = get_type_hints(module.command, include_extras=True)
-        lines += ["", f"## alphaq-gguf {module.NAME}", "", module.command.__doc__ or "", ""]
-        lines += ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
-        for name, parameter in inspect.signature(module.command).parameters.items():
+    commands = [(module.NAME, module.command) for module in COMMANDS]
+    commands += [(f"{group.NAME} {name}", command) for group in GROUPS for name, command in group.COMMANDS.items()]
+    for title, command in commands:
+        hints = get_type_hints(command, include_extras=True)
+        lines += ["", f"## alphaq-gguf {title}", "", command.__doc__ or ""]
+        if hints.keys() - {"return"}:
+            lines += ["", "| option | value | default | meaning |", "| --- | --- | --- | --- |"]
+        for name, parameter in inspect.signature(command).parameters.items():
             lines.append(describe_parameter(name, hints[name], parameter.default))
     return "\n".join(lines) + "\n"
 

@@ -13,10 +13,11 @@ import typer
 from .. import __version__
 from ..console import Console
 from ..errors import AlphaQError, ConnectionLostError
-from . import allocate, alphas, calibrate, compare, convert, inspect, paper, plan, run, strategies, sweep
+from . import allocate, alphas, calibrate, compare, convert, inspect, paper, plan, plugin, run, serve, strategies, sweep
 
 INTERRUPTED = 130
-COMMANDS = (convert, plan, alphas, allocate, calibrate, strategies, paper, inspect, run, compare, sweep)
+COMMANDS = (convert, plan, alphas, allocate, calibrate, strategies, paper, inspect, run, serve, compare, sweep)
+GROUPS = (plugin,)
 
 app = typer.Typer(
     name="alphaq-gguf",
@@ -44,6 +45,8 @@ def _options(
 
 for module in COMMANDS:
     app.command(module.NAME)(module.command)
+for module in GROUPS:
+    app.add_typer(module.app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from ..console import Console
 from ..describe import describe_file
 from ..errors import UsageError
 from ..evaluate.llama import LlamaModel
+from ..plugin import prepare
 from ..recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def command(
         opened = _open_torch(console, file, model, imatrix, device, dtype, ctx, n_threads, seed)
     else:
         describe_file(file)
+        prepare(file, console)
         opened = LlamaModel(file, n_ctx=ctx, threads=n_threads, all_logits=False, gpu_layers=gpu_layers, seed=seed)
     with opened as talker:
         chat = talker.has_chat_template and not raw

@@ -24,6 +24,7 @@ from ..evaluate.isolated import ProcessDiedError, run_isolated
 from ..evaluate.metrics import Divergence
 from ..measurements import AlphaSettings
 from ..pipeline import measure_source
+from ..plugin import prepare
 from ..reporter import Reporter, Silent
 from ..writer import check_space, write_atomically
 from .candidates import describe_candidate
@@ -171,6 +172,8 @@ class Judge:
                     check_space(keep, self.reference.base.path.stat().st_size)
                 job = replace(job, keep=keep)
             try:
+                if engine == "llama":
+                    prepare(path, self.reporter)
                 evaluation, other = self._evaluate(job, candidate.name)
             except AlphaQError as error:
                 self._died |= isinstance(error, ProcessDiedError)

@@ -15,11 +15,9 @@ from pathlib import Path
 
 from ..alone import alone
 from ..errors import AlphaQError
+from ..evaluate.isolated import run_isolated
 from ..reporter import Reporter
-
-PACKAGE = "llama-cpp-python"
-BACKEND_API_VERSION = 2
-"""Of the interface that ggml_backend_interface.h declares."""
+from .load import BACKEND_API_VERSION, PACKAGE, try_plugin
 
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
@@ -37,7 +35,8 @@ def build_plugin(
     """The plug-in for the installed llama-cpp-python: the one in `cache_dir`, else compiled there; `again` compiles it.
 
     `compiler` is a command with its options; without it the first C++ compiler that is found. AlphaQError where there
-    is no compiler or llama-cpp-python's headers are missing, and for the compiler's first error.
+    is no compiler or llama-cpp-python's headers are missing, for the compiler's first error, and for what then does not
+    load or fails its own test.
     """
     if sys.platform == "win32":
         raise AlphaQError(
@@ -105,7 +104,7 @@ def _find_compiler() -> list[str]:
 def _compile(
     compiler: Sequence[str], flags: Sequence[str], sources: Path, include: Path, library: Path, reporter: Reporter
 ) -> None:
-    """Compile into `library`, which appears when it is whole; AlphaQError with the compiler's first error."""
+    """Compile into `library`, which appears when it is whole and loads."""
     reporter.note(f"Compiling the ggml plug-in for {PACKAGE} {version(PACKAGE)}, once: under a minute")
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         built = Path(directory) / library.name
@@ -126,4 +125,5 @@ def _compile(
                 f"the ggml plug-in does not compile with {compiler[0]} against {PACKAGE} {version(PACKAGE)}: {first}",
                 f"try another compiler with CXX, or report it with {log}",
             )
+        run_isolated(try_plugin, built, label="the ggml plug-in", reporter=reporter)
         built.replace(library)

@@ -16,13 +16,16 @@ from ..errors import AlphaQError
 from ..evaluate.llama_log import collect_errors
 from ..guard import DEVICE, REPACKING_DEVICE
 from ..qtypes import QType
-from .build import BACKEND_API_VERSION, PACKAGE
+from ..reporter import Reporter
 
+PACKAGE = "llama-cpp-python"
+BACKEND_API_VERSION = 2
+"""Of the interface that ggml_backend_interface.h declares."""
 SUPPORTED = ("0.3.36",)
 """Versions of llama-cpp-python that the plug-in is tested with."""
 
-# One function of each of ggml's libraries that the plug-in calls; which of them are libraries of their own differs.
-_LIBRARIES_WITH = ("ggml_backend_load", "ggml_init", "ggml_backend_cpu_init")
+# One function of each of ggml's libraries; which of them are libraries of their own differs from build to build.
+_LIBRARIES_WITH = ("ggml_backend_load", "ggml_init", "ggml_get_type_traits_cpu")
 # How the plug-in begins what it says.
 _VOICE = "alphaq: "
 
@@ -75,12 +78,20 @@ def unload_plugin() -> None:
     _LOADED.clear()
 
 
+def try_plugin(path: Path, reporter: Reporter) -> None:
+    """See whether the plug-in at `path` loads: in a process of its own, which a wrong interface may crash."""
+    load_plugin(path)
+
+
 def check_types(types: set[QType], where: str) -> None:
     """AlphaQError for a type that the installed llama.cpp does not know, or cannot multiply with on the CPU."""
     library = _library()
+    traits_of = getattr(library, "ggml_get_type_traits_cpu", None)
+    if traits_of is not None:
+        traits_of.restype, traits_of.argtypes = ctypes.POINTER(_CpuTypeTraits), [ctypes.c_int]
     for qtype in sorted(types):
         known = library.ggml_type_name(qtype) not in (None, b"NONE")
-        if not known or not library.ggml_get_type_traits_cpu(qtype).contents.vec_dot:
+        if not known or (traits_of is not None and not traits_of(qtype).contents.vec_dot):
             raise AlphaQError(
                 f"{where}: has experts of type {qtype.name}, with which {PACKAGE} {version(PACKAGE)} cannot compute "
                 "on the CPU",
@@ -130,8 +141,6 @@ def _library() -> Any:
     library.ggml_backend_dev_buffer_type.restype = pointer
     library.ggml_backend_dev_buffer_type.argtypes = [pointer]
     library.ggml_type_name.restype, library.ggml_type_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
-    library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTypeTraits)
-    library.ggml_get_type_traits_cpu.argtypes = [ctypes.c_int]
     return library
 
 
@@ -153,9 +162,10 @@ def _promote(library: Any) -> None:
     """
     process = ctypes.CDLL(None)
     for name in _LIBRARIES_WITH:
-        info = _SymbolInfo()
-        address = ctypes.cast(getattr(library, name), ctypes.c_void_p)
-        if process.dladdr(address, ctypes.byref(info)) and info.file:
+        function, info = getattr(library, name, None), _SymbolInfo()
+        if function is None:
+            continue
+        if process.dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info)) and info.file:
             ctypes.CDLL(os.fsdecode(info.file), mode=os.RTLD_NOW | os.RTLD_NOLOAD | os.RTLD_GLOBAL)
 
 
