@@ -46,10 +46,11 @@ def command(
     with bind(host, port) as listening:
         prepare(file, console)
         shown = f"[{host}]" if ":" in host else host
-        console.result(f"http://{shown}:{listening.getsockname()[1]}/v1")
+        url = f"http://{shown}:{listening.getsockname()[1]}/v1"
         serve(
             file,
             listening,
+            lambda: console.text(f"Serving {file.name} at {url}\n"),
             n_ctx=ctx,
             threads=threads or os.cpu_count() or 1,
             gpu_layers=gpu_layers,

@@ -27,10 +27,19 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    path: Path, listening: socket.socket, *, n_ctx: int, threads: int, gpu_layers: int, repack: bool, log_level: str
+    path: Path,
+    listening: socket.socket,
+    announce: Callable[[], None],
+    *,
+    n_ctx: int,
+    threads: int,
+    gpu_layers: int,
+    repack: bool,
+    log_level: str,
 ) -> None:
     """Answer requests until the process is interrupted; answers that are being written then end.
 
+    `announce` is called when the file is loaded.
     AlphaQError when the server's packages are missing or the file does not load.
     """
     try:
@@ -71,6 +80,7 @@ def serve(
             stopping.set()
             super().handle_exit(sig, frame)
 
+    announce()
     config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_GRACE_S)
     try:
         Interruptible(config).run(sockets=[listening])

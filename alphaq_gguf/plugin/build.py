@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ..alone import alone
 from ..errors import AlphaQError
-from ..evaluate.isolated import run_isolated
+from ..evaluate.isolated import ProcessDiedError, run_isolated
 from ..reporter import Reporter
-from .load import BACKEND_API_VERSION, PACKAGE, try_plugin
+from .load import BACKEND_API_VERSION, PACKAGE, does_not_run, try_plugin
 
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
@@ -125,5 +125,8 @@ def _compile(
                 f"the ggml plug-in does not compile with {compiler[0]} against {PACKAGE} {version(PACKAGE)}: {first}",
                 f"try another compiler with CXX, or report it with {log}",
             )
-        run_isolated(try_plugin, built, label="the ggml plug-in", reporter=reporter)
+        try:
+            run_isolated(try_plugin, built, label="the ggml plug-in", reporter=reporter)
+        except ProcessDiedError as error:
+            raise does_not_run(error.reason) from None
         built.replace(library)

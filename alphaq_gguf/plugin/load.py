@@ -78,6 +78,15 @@ def unload_plugin() -> None:
     _LOADED.clear()
 
 
+def does_not_run(reason: str) -> AlphaQError:
+    """The error for a plug-in that the installed llama.cpp cannot use, naming those that can."""
+    return AlphaQError(
+        f"the ggml plug-in does not run in {PACKAGE} {version(PACKAGE)}: {reason}",
+        f"it is made for version {BACKEND_API_VERSION} of ggml's backend interface and tested with {PACKAGE} "
+        f"{', '.join(SUPPORTED)}: pip install {PACKAGE}=={SUPPORTED[-1]}",
+    )
+
+
 def try_plugin(path: Path, reporter: Reporter) -> None:
     """See whether the plug-in at `path` loads: in a process of its own, which a wrong interface may crash."""
     load_plugin(path)
@@ -113,12 +122,7 @@ def _load(path: Path) -> Plugin:
     with _hearing_plugin() as said:
         registration = library.ggml_backend_load(os.fsencode(path))
     if not registration:
-        reason = [*said, *errors, "it gives no reason"][0]
-        raise AlphaQError(
-            f"the ggml plug-in does not run in {PACKAGE} {version(PACKAGE)}: {reason}",
-            f"it is for ggml's backend interface {BACKEND_API_VERSION}, tested with {PACKAGE} {', '.join(SUPPORTED)}: "
-            f"pip install {PACKAGE}=={SUPPORTED[-1]}",
-        )
+        raise does_not_run([*said, *errors, "it gives no reason"][0])
     mapped, repacking = (_buffer_type(library, name) for name in (DEVICE, REPACKING_DEVICE))
     return Plugin(path, registration, mapped, repacking)
 
