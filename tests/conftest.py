@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,6 +57,17 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugin_unloaded() -> Iterator[None]:
+    """The ggml plug-in stays with the tests that load it: llama.cpp counts its devices in what it prints."""
+    yield
+    plugin = sys.modules.get("alphaq_gguf.plugin")
+    if plugin is not None:
+        # Models that nobody closed go first.
+        gc.collect()
+        plugin.unload_plugin()
 
 
 @pytest.fixture

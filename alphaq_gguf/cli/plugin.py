@@ -14,6 +14,7 @@ from ..checkpoint.gguf import GGUFSource
 from ..console import Console
 from ..plugin import build_plugin, cache_dir, check_types, load_plugin
 from ..plugin.load import BACKEND_API_VERSION, PACKAGE, SUPPORTED
+from ..qtypes import bpw
 
 NAME = "plugin"
 
@@ -52,8 +53,10 @@ def check(
         return
     types = {qtype for container in source.containers.values() for qtype in container.types}
     check_types(types, str(file))
-    names = ", ".join(qtype.name for qtype in sorted(types))
-    console.result(f"{file}: can run: {len(source.containers)} containers are whole, their types are {names}")
+    names = ", ".join(qtype.name for qtype in sorted(types, key=bpw))
+    n = len(source.containers)
+    whole = "1 container is whole, its" if n == 1 else f"{n} containers are whole, their"
+    console.result(f"{file}: can run: {whole} types are {names}")
 
 
 COMMANDS = {"build": build, "path": path, "check": check}

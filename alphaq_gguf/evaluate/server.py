@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise AlphaQError(f"{host}:{port}: {error.strerror or error}", "choose another --host or --port") from None
+        # Names that cannot be looked up have codes of their own; Python adds the address to the system's words.
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise AlphaQError(f"{host}:{port}: {reason}", "choose another --host or --port") from None
 
 
 def serve(
