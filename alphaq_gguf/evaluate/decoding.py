@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .transformers_library import cache_name
+
 
 def pick_likeliest(logits: torch.Tensor) -> torch.Tensor:
     """Ids [1, 1] for logits [1, n_vocab]."""
@@ -27,6 +29,7 @@ class Decoder:
         self.n_ctx = n_ctx
         self.note: str | None = None
         self._model = model
+        self._cache_name = cache_name(model)
         self._device: torch.device = model.device
         self._is_static = bool(model._can_compile_fullgraph)
         self._cache: Any = _make_static_cache(model.config, n_ctx) if self._is_static else None
@@ -82,8 +85,8 @@ class Decoder:
             yield ids
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
+        output = self._model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._cache_name: self._cache})
+        self._cache = output[self._cache_name]
         return output.logits[:, -1].float()
 
     def _capture(self) -> None:

@@ -21,6 +21,7 @@ from alphaq_gguf.evaluate import packed_experts
 from alphaq_gguf.evaluate.blocks import FileBlocks
 from alphaq_gguf.evaluate.decoding import Decoder
 from alphaq_gguf.evaluate.torch_model import TorchModel
+from alphaq_gguf.evaluate.transformers_library import cache_name
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -76,8 +77,8 @@ def run_growing_cache(model: Any, tokens: Sequence[int], n_tokens: int) -> list[
     """Greedy tokens over the cache that transformers takes by itself."""
     ids, cache, drawn = torch.tensor([list(tokens)]), None, []
     for _ in range(n_tokens):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
+        ids, cache = output.logits[:, -1:].argmax(-1), output[cache_name(model)]
         drawn.append(int(ids))
     return drawn
 
