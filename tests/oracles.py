@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,21 +107,29 @@ def quantize_with_llama_cpp(
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
 
 
-def run_tool(name: str, *arguments: object) -> str:
-    """Run a program of llama.cpp, and give what it prints; skips when it was not built."""
+def start_tool(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of llama.cpp to its end, with more in its environment; skips when it was not built."""
     program = llama_cpp_sources() / "build/bin" / name
     if not program.is_file():
         pytest.skip(f"{name} is absent: run python tools/fetch_llama_cpp.py --build")
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    command = [program, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+    )
+
+
+def run_tool(name: str, *arguments: object, **environment: str) -> str:
+    """What a program of llama.cpp prints that ends well; skips when it was not built."""
+    done = start_tool(name, *arguments, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
-def run_perplexity(*arguments: object) -> str:
+def run_perplexity(*arguments: object, **environment: str) -> str:
     """What llama-perplexity prints, with its figures."""
     # On a busy machine it often ends before its log's thread has written the last lines.
     for _ in range(40):
-        printed = run_tool("llama-perplexity", *arguments)
+        printed = run_tool("llama-perplexity", *arguments, **environment)
         if re.search("Same top p:|Final estimate:", printed):
             return printed
     raise AssertionError("llama-perplexity printed no figures, 40 times")

@@ -5,7 +5,7 @@ once into the user's cache directory; nothing of it becomes part of this project
 
     python tools/fetch_llama_cpp.py [--build]    # prints the directory
 
-`--build` also compiles llama-perplexity, llama-quantize, llama-imatrix and llama-bench (about 5 minutes).
+`--build` also compiles llama-perplexity, llama-quantize, llama-imatrix, llama-bench and llama-cli (about 6 minutes).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import platformdirs
 
-TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-bench")
+TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-bench", "llama-cli")
 
 
 def oracle_dir() -> Path:
@@ -61,7 +61,7 @@ def main() -> None:
     target = oracle_dir()
     if not target.is_dir():
         fetch(target)
-    if arguments.build and not (target / "build" / "bin" / TOOLS[0]).exists():
+    if arguments.build and not all((target / "build" / "bin" / name).exists() for name in TOOLS):
         build(target)
     print(target)
 
