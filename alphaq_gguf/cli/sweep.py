@@ -18,7 +18,6 @@ from ..errors import AlphaQError, UsageError
 from ..pipeline import AllocationSettings
 from ..report.summary import chosen, pareto
 from ..tensor_types import parse_overrides
-from .allocation_options import GranularityName
 from .compare_options import JudgeOptions, ReportOptions, TextOptions, command_line
 from .options import EncoderName, OutputOptions, SourceOptions, grouped, parse_types
 from .show_files import mebibytes, shorten, show_conclusion
@@ -83,13 +82,13 @@ def command(
         ),
     ] = None,
     granularity: Annotated[
-        GranularityName,  # pyright: ignore[reportInvalidTypeForm]
+        str,
         typer.Option(
-            help="What strategies give a type of its own: a stack, each expert of it, or each expert with all its "
-            "projections; the latter two run in PyTorch alone.",
+            help="What strategies give a type of its own, comma-separated: stack, each expert of it (expert), or each "
+            "expert with all its projections (expert-shared).",
             rich_help_panel=_MADE,
         ),
-    ] = GranularityName.stack,
+    ] = "stack",
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -127,11 +126,11 @@ def command(
         )
     settings = SweepSettings(
         strategies=_split(strategy or _DEFAULT_STRATEGY),
+        granularities=_split(granularity),
         bpws=tuple(_parse_bpw(text) for text in budgets),
         presets=tuple(name.upper() for name in _split(presets)),
         sizes_of_presets=sizes_of_presets,
         allocation=AllocationSettings(
-            granularity=granularity.value,
             calibration=calibration,
             imatrix=imatrix,
             types=parse_types(types),

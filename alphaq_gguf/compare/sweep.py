@@ -19,7 +19,7 @@ from ..errors import AlphaQError, BudgetError, ConnectionLostError, OutputError
 from ..reporter import Reporter, Silent
 from ..strategies import STRATEGIES
 from ..writer import check_output
-from .candidates import describe_candidate, recipe_fingerprint
+from .candidates import describe_candidate
 from .data import Comparison, from_plain
 from .run import Judge, Judged, alphas_of, assemble, versions
 from .sweep_files import Maker, Row, SweepSettings, plan_rows
@@ -109,7 +109,7 @@ def _finish(row: Row, maker: Maker, judge: Judge, known: _Known, home: Path, kee
     try:
         if not path.exists():
             maker.make(row, path)
-        judged = found or judge.judge(path, row.name, row.origin)
+        judged = found or _as_asked(judge.judge(path, row.name, row.origin), row)
     except AlphaQError:
         shutil.rmtree(directory)
         raise
@@ -118,6 +118,13 @@ def _finish(row: Row, maker: Maker, judge: Judge, known: _Known, home: Path, kee
         path.replace(kept)
     shutil.rmtree(directory)
     return judged
+
+
+def _as_asked(judged: Judged, row: Row) -> Judged:
+    """With the granularity asked for, which a file does not show where experts of each stack got the same type."""
+    if row.allocation is None:
+        return judged
+    return replace(judged, candidate=replace(judged.candidate, granularity=row.allocation.granularity))
 
 
 def check_kept(source: Source, settings: SweepSettings, keep: Path, *, cache_dir: Path, force: bool) -> None:
@@ -139,8 +146,6 @@ def _home(source: Source, cache_dir: Path) -> Path:
 
 def _fingerprint(path: Path) -> str | None:
     """As in the candidate that the file is; None where there is no such file."""
-    if path.suffix == ".json":
-        return recipe_fingerprint(path) if path.is_file() else None
     try:
         return describe_candidate(path).fingerprint
     except AlphaQError:

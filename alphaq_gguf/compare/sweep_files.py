@@ -6,6 +6,7 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,17 +15,15 @@ from ..budget import make_problem, make_units, size_range
 from ..calibration.imatrix import open_importance
 from ..calibration.store import load_calibration
 from ..checkpoint import Source
-from ..checkpoint.huggingface import HuggingFaceSource
 from ..encode import Encoder, library_version
 from ..errors import AlphaQError, UsageError
 from ..layout import alignment_of
 from ..pipeline import AllocationSettings, allocate, convert
-from ..recipe import save_recipe
+from ..recipe import GRANULARITIES
 from ..reporter import Reporter, Silent
 from ..signals import needs_of, read_calibration
 from ..strategies import STRATEGIES
 from ..tensor_types import choose_types
-from ..writer import replacing
 from .presets import check_presets, float_file, write_preset
 
 _INPUTS = ("calibration", "imatrix", "initial_router")
@@ -35,11 +34,13 @@ class SweepSettings:
     """What is made of a model.
 
     Each of `strategies` spends each of `bpws`, bits per expert weight, and with `sizes_of_presets` as many bytes as the
-    file of each preset takes. `presets` are some of PRESETS. `allocation` is what all have in common: its budget and
-    its strategy are not looked at, and presets heed its `overrides` and `imatrix` only.
+    file of each preset takes, once for each of `granularities`, some of GRANULARITIES. `presets` are some of PRESETS.
+    `allocation` is what all have in common: its budget, its strategy and its granularity are not looked at, and presets
+    heed its `overrides` and `imatrix` only.
     """
 
     strategies: tuple[str, ...] = ("alphaq",)
+    granularities: tuple[str, ...] = ("stack",)
     bpws: tuple[float, ...] = ()
     presets: tuple[str, ...] = ()
     sizes_of_presets: bool = False
@@ -51,6 +52,11 @@ class SweepSettings:
         for name in self.strategies:
             if name not in STRATEGIES:
                 raise UsageError(f"strategy {name!r}: unknown", f"one of {', '.join(STRATEGIES)}")
+        for name in self.granularities:
+            if name not in GRANULARITIES:
+                raise UsageError(f"--granularity {name!r}: unknown", f"one of {', '.join(GRANULARITIES)}")
+        if not self.granularities:
+            raise UsageError("--granularity names none", f"some of {', '.join(GRANULARITIES)}")
         for bpw in self.bpws:
             if not 0 < bpw < math.inf:
                 raise UsageError(
@@ -63,17 +69,13 @@ class SweepSettings:
                 "nothing to compare", "give budgets, for example --bpw 3,3.5,4, or --presets Q3_K_M,Q4_K_M"
             )
         common = self.allocation
-        for name in self.strategies if self.bpws or self.sizes_of_presets else ():
-            needs = needs_of(STRATEGIES[name], common)
+        is_spent = bool(self.bpws or self.sizes_of_presets)
+        for name, granularity in product(self.strategies, self.granularities) if is_spent else ():
+            settings = replace(common, granularity=granularity)
             try:
-                read_calibration(source, common, needs, Silent())
+                read_calibration(source, settings, needs_of(STRATEGIES[name], settings), Silent())
             except UsageError as error:
                 raise UsageError(f"strategy {name!r}: {error.message}", error.hint) from None
-        if common.granularity != "stack" and not isinstance(source, HuggingFaceSource):
-            raise UsageError(
-                f"{source.label}: with a type per expert a model runs in PyTorch, from a Hugging Face directory",
-                "give that, or use --granularity stack",
-            )
         choose_types(source, common.overrides)
         if common.imatrix is not None:
             open_importance(common.imatrix, source)
@@ -84,16 +86,19 @@ class SweepSettings:
         """What to know before the work: budgets that cannot be spent."""
         if not self.bpws:
             return []
-        common = replace(self.allocation, bpw=0.0)
-        _, fixed = choose_types(source, common.overrides)
-        units = make_units(source.stacks, fixed, common.types, common.granularity)
-        most = size_range(make_problem(units, common, alignment_of(source)))[1]
-        most_bpw = most * 8 / sum(unit.n_weights for unit in units)
-        # A hair is what rounding makes of a budget that is just the most.
-        above = [f"{bpw:g}" for bpw in dict.fromkeys(self.bpws) if bpw > most_bpw * (1 + 1e-9)]
-        if not above:
-            return []
-        return [f"a budget of {', '.join(above)} bits per expert weight: the types allow no more than {most_bpw:g}"]
+        found: dict[str, None] = {}
+        for granularity in self.granularities:
+            common = replace(self.allocation, bpw=0.0, granularity=granularity)
+            _, fixed = choose_types(source, common.overrides)
+            units = make_units(source.stacks, fixed, common.types, granularity)
+            most = size_range(make_problem(units, common, alignment_of(source)))[1]
+            most_bpw = most * 8 / sum(unit.n_weights for unit in units)
+            # A hair is what rounding makes of a budget that is just the most.
+            above = [f"{bpw:g}" for bpw in dict.fromkeys(self.bpws) if bpw > most_bpw * (1 + 1e-9)]
+            if above:
+                budgets = ", ".join(above)
+                found[f"a budget of {budgets} bits per expert weight: the types allow no more than {most_bpw:g}"] = None
+        return list(found)
 
 
 @dataclass(frozen=True)
@@ -108,25 +113,34 @@ class Row:
 
     @property
     def file_name(self) -> str:
-        is_file = self.allocation is None or self.allocation.granularity == "stack"
-        return f"{self.name}.{'gguf' if is_file else 'json'}"
+        return f"{self.name}.gguf"
 
 
 def plan_rows(settings: SweepSettings) -> list[Row]:
-    """All files, presets first, since others may have to be of their size."""
-    common = settings.allocation
-    presets, strategies = dict.fromkeys(settings.presets), dict.fromkeys(settings.strategies)
+    """All files, presets first, since others may have to be of their size.
+
+    Names of files with one type per stack do not say so.
+    """
+    presets = dict.fromkeys(settings.presets)
+    ways = list(product(dict.fromkeys(settings.strategies), dict.fromkeys(settings.granularities)))
     rows = [Row(f"preset-{preset}", f"preset {preset}", preset) for preset in presets]
-    for bpw in dict.fromkeys(settings.bpws):
-        for name in strategies:
-            allocation = replace(common, strategy=name, bpw=bpw, size_bytes=None, fit_bytes=None)
-            rows.append(Row(f"{name}-{bpw:.10g}bpw", name, allocation=allocation))
-    for preset in presets if settings.sizes_of_presets else ():
-        for name in strategies:
-            # The size is not known yet.
-            allocation = replace(common, strategy=name, bpw=None, size_bytes=0, fit_bytes=None)
-            rows.append(Row(f"{name}-as-{preset}", name, allocation=allocation, size_of=f"preset-{preset}"))
+    for bpw, (name, granularity) in product(dict.fromkeys(settings.bpws), ways):
+        allocation = replace(
+            settings.allocation, strategy=name, granularity=granularity, bpw=bpw, size_bytes=None, fit_bytes=None
+        )
+        rows.append(Row(f"{_way_name(name, granularity)}-{bpw:.10g}bpw", name, allocation=allocation))
+    for preset, (name, granularity) in product(presets if settings.sizes_of_presets else (), ways):
+        # The size is not known yet.
+        allocation = replace(
+            settings.allocation, strategy=name, granularity=granularity, bpw=None, size_bytes=0, fit_bytes=None
+        )
+        label = f"{_way_name(name, granularity)}-as-{preset}"
+        rows.append(Row(label, name, allocation=allocation, size_of=f"preset-{preset}"))
     return rows
+
+
+def _way_name(strategy: str, granularity: str) -> str:
+    return strategy if granularity == "stack" else f"{strategy}-{granularity}"
 
 
 class Maker:
@@ -194,10 +208,6 @@ class Maker:
             threads=self._threads,
             reporter=self._reporter,
         )
-        if row.allocation.granularity != "stack":
-            with replacing(out) as temporary:
-                save_recipe(recipe, temporary)
-            return
         imatrix = None if row.allocation.imatrix is None else open_importance(row.allocation.imatrix, self.source)
         convert(
             self.source,

@@ -17,6 +17,7 @@ _MOST_LINES, _MOST_MARKS = 6, 160
 _MOST_NAMES = 8
 _LABEL_WIDTH = 24
 _PRESETS, _OTHERS = "llama.cpp presets", "other files"
+_GIVEN_TYPES = {"expert-shared": "whole expert"}
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ def labels_of(comparison: Comparison) -> dict[str, str]:
 
 
 def series_of(candidate: Candidate) -> str:
-    """The group of files that one belongs to: a strategy, llama.cpp's presets, or others."""
+    """The group of files that one belongs to: a strategy and what has a type, llama.cpp's presets, or others."""
     if candidate.origin.startswith("preset "):
         return _PRESETS
     if candidate.origin and candidate.granularity != "stack":
-        return f"{candidate.origin}, type per expert"
+        return f"{candidate.origin}, per {_GIVEN_TYPES.get(candidate.granularity, candidate.granularity)}"
     return candidate.origin or _OTHERS
 
 
@@ -71,6 +72,7 @@ def size_kld(comparison: Comparison) -> list[FigureData]:
                 "id": str(number_of[name]),
                 "label": (preset or shortened(name, _LABEL_WIDTH)) if len(kld) <= _MOST_NAMES else str(number_of[name]),
                 "series": series_of(candidate),
+                "colour_of": _PRESETS if preset else candidate.origin,
                 "y": mean.value,
                 "error": mean.standard_error,
                 "hollow": engine_of[name] != usual,
@@ -82,6 +84,8 @@ def size_kld(comparison: Comparison) -> list[FigureData]:
         caption += " The broad pale line joins the files that no other beats in both size and KLD."
     if len(kld) > _MOST_NAMES:
         caption += " Numbers are those of the table; where points crowd, some are left out."
+    if any(len(stack.experts) > 1 for name in kld for stack in comparison.candidate(name).stacks):
+        caption += " Files in which experts of a stack have different types run in llama.cpp with the plug-in only."
     if any(point["hollow"] for point in points):
         caption += f" Hollow points are files judged in other engines than {ENGINES[usual]} only."
     if any(point["y"] <= 0 for point in points):
@@ -108,11 +112,11 @@ def size_kld(comparison: Comparison) -> list[FigureData]:
 
 
 def _joined(comparison: Comparison, names: list[str]) -> list[str]:
-    """Groups whose files differ in budget only: a strategy at several of them."""
+    """Groups whose files differ in budget only: a strategy at several of them, in bits per weight or in bytes."""
     budgets: dict[str, set[float]] = {}
     for candidate in map(comparison.candidate, names):
-        if candidate.budget_bpw is not None and series_of(candidate) not in (_PRESETS, _OTHERS):
-            budgets.setdefault(series_of(candidate), set()).add(candidate.budget_bpw)
+        if series_of(candidate) not in (_PRESETS, _OTHERS):
+            budgets.setdefault(series_of(candidate), set()).add(candidate.budget_bpw or candidate.n_bytes)
     return [series for series, found in budgets.items() if len(found) > 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Cells narrower than this many inches carry no digit.
 _LEGIBLE = 0.11
 _ROW = 0.24
+# Of series that share a colour.
+_LINES = ("-", "--", ":")
 
 
 def draw(figure: FigureData) -> Drawing:
@@ -34,7 +37,10 @@ def _new(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
 
 
 def size_kld(data: dict[str, Any]) -> Figure:
-    """Points with error bars on a logarithmic axis, strategies joined, the Pareto front underlaid."""
+    """Points with error bars on a logarithmic axis, strategies joined, the Pareto front underlaid.
+
+    Series of one strategy share its colour.
+    """
     from matplotlib.lines import Line2D
 
     points = data["points"]
@@ -55,12 +61,18 @@ def size_kld(data: dict[str, Any]) -> Figure:
         on_front = [heights[p["id"]] for p in front]
         lines += ax.plot([p["x"] for p in front], on_front, color=GRID, linewidth=5, gid="front", zorder=1.2)
     entries = []
+    colours = list(dict.fromkeys(point["colour_of"] for point in points))
+    alike: Counter[str] = Counter()
     for i, series in enumerate(dict.fromkeys(point["series"] for point in points)):
         mine = sorted((p for p in points if p["series"] == series), key=lambda p: p["x"])
-        colour, marker = SERIES[i % len(SERIES)], MARKERS[(i + i // len(SERIES)) % len(MARKERS)]
+        k = colours.index(mine[0]["colour_of"])
+        nth = alike[mine[0]["colour_of"]]
+        alike[mine[0]["colour_of"]] += 1
+        colour, marker = SERIES[k % len(SERIES)], MARKERS[(k + k // len(SERIES) + 3 * nth) % len(MARKERS)]
         if series in data["joined"]:
             ys = [heights[p["id"]] for p in mine]
-            lines += ax.plot([p["x"] for p in mine], ys, color=colour, gid=f"line-{i}", zorder=1.8, alpha=0.75)
+            look = {"color": colour, "linestyle": _LINES[nth % len(_LINES)], "alpha": 0.75}
+            lines += ax.plot([p["x"] for p in mine], ys, gid=f"line-{i}", zorder=1.8, **look)
         for p in mine:
             x, y, error = p["x"], heights[p["id"]], p["error"]
             ax.plot([x, x], [max(p["y"] - error, low), max(p["y"] + error, low)], color=colour, gid=f"error-{p['id']}")

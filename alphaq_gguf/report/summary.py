@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..compare.data import Comparison
-from ..evaluate.metrics import Estimate
+from .duels import alphaq_against_others, experts_against_stacks
 from .ranking import (
     beats,
     chosen,
@@ -21,8 +21,6 @@ from .ranking import (
 )
 from .wording import ENGINES, count, estimate, in_bytes, listed, number, percent, short_names, shortened
 
-# Files whose sizes differ by no more are held against each other as equals.
-_EQUAL_SIZE = 0.01
 # An engine whose mean KLD from another is below this share of the file's own agrees with it.
 _AGREES = 0.1
 _VERDICT_WIDTH = 160
@@ -41,7 +39,7 @@ def summarise(comparison: Comparison) -> list[Finding]:
     if not chosen(comparison):
         return [Finding("Nothing to compare", "No file has a KLD; see the failures below.")]
     comparison = with_quoted_names(comparison)
-    makers = (_choice, _certainty, _meaning, _alphaq, _routers, _engines, _speed, _broken)
+    makers = (_choice, _certainty, _meaning, _alphaq, _experts, _routers, _engines, _speed, _broken)
     return [finding for make in makers if (finding := make(comparison))]
 
 
@@ -170,57 +168,13 @@ def _meaning(comparison: Comparison) -> Finding:
 
 
 def _alphaq(comparison: Comparison) -> Finding | None:
-    kld = kld_of(comparison)
-    mine = [name for name in kld if comparison.candidate(name).origin == "alphaq"]
-    if not mine or len(mine) == len(kld):
-        return None
-    if too_few(comparison):
-        return Finding("AlphaQ against the others", "Too few tokens were scored to say.")
-    results: dict[str, dict[str, list[tuple[float, str, str]]]] = {}
-    for name in mine:
-        for rival in kld:
-            if rival not in mine and (outcome := _duel(comparison, kld, name, rival)):
-                of_rival = results.setdefault(_family(comparison.candidate(rival).origin), {})
-                of_rival.setdefault(outcome, []).append((kld[name].value - kld[rival].value, name, rival))
-    if not results:
-        return Finding(
-            "AlphaQ against the others",
-            "No file has the size of an AlphaQ file (within 1 %), and none beats one in both size and KLD or is "
-            "beaten by one: they cannot be held against each other.",
-        )
-    parts = []
-    for family, outcomes in results.items():
-        counts = [f"{word} {len(outcomes[word])}" for word in ("loses", "wins", "ties") if word in outcomes]
-        pairs = count(sum(map(len, outcomes.values())), "pair")
-        parts.append(f"of {pairs} with {family} it {listed(counts)}")
-    text = (
-        f"Held against files of equal size (within 1 %), or where one is both smaller and nearer: {'; '.join(parts)}."
-    )
-    losses = sorted((loss for outcomes in results.values() for loss in outcomes.get("loses", [])), reverse=True)
-    if losses:
-        _, name, rival = losses[0]
-        text += (
-            f" The worst loss: {name} has KLD {number(kld[name].value)}, {rival} {number(kld[rival].value)} "
-            f"({in_bytes(comparison.candidate(name).n_bytes)} and {in_bytes(comparison.candidate(rival).n_bytes)})."
-        )
-    else:
-        text += " AlphaQ loses nowhere in this comparison."
-    return Finding("AlphaQ against the others", text)
+    text = alphaq_against_others(comparison)
+    return None if text is None else Finding("AlphaQ against the others", text)
 
 
-def _duel(comparison: Comparison, kld: dict[str, Estimate], name: str, rival: str) -> str | None:
-    """How the file `name` fares against `rival`; None where one is smaller and the other nearer."""
-    ratio = comparison.candidate(rival).n_bytes / comparison.candidate(name).n_bytes - 1
-    nearer = kld[name].value < kld[rival].value
-    if abs(ratio) <= _EQUAL_SIZE:
-        return ("wins" if nearer else "loses") if differs(comparison, kld[name], kld[rival]) else "ties"
-    if not differs(comparison, kld[name], kld[rival]) or nearer != (ratio > 0):
-        return None
-    return "wins" if nearer else "loses"
-
-
-def _family(origin: str) -> str:
-    return "llama.cpp's presets" if origin.startswith("preset ") else origin or "files of unknown origin"
+def _experts(comparison: Comparison) -> Finding | None:
+    text = experts_against_stacks(comparison)
+    return None if text is None else Finding("A type per expert", text)
 
 
 def _routers(comparison: Comparison) -> Finding:

@@ -28,7 +28,6 @@ from alphaq_gguf.errors import AlphaQError, OutputError
 from alphaq_gguf.evaluate.llama import LlamaModel
 from alphaq_gguf.pipeline import AllocationSettings
 from alphaq_gguf.qtypes import K_TYPES, QType, row_bytes
-from alphaq_gguf.recipe import load_recipe
 
 N_CTX, N_WINDOWS = 128, 2
 # So that experts are the only difference, and the smallest preset leaves room for what a file of ours says of itself.
@@ -292,15 +291,51 @@ def test_kept_files_are_judged_on_another_text_without_force(fresh: Place) -> No
     assert [path.name for path in fresh.keep.iterdir()] == ["preset-Q4_K_M.gguf"]
 
 
-def test_a_type_per_expert_runs_in_pytorch(fresh: Place) -> None:
-    common = AllocationSettings(granularity="expert")
-    settings = SweepSettings(strategies=("mse",), bpws=(3.5,), allocation=common)
-    found, _ = fresh.sweep(settings, "torch", keep=fresh.keep)
-    assert [(e.file, e.engine) for e in found.evaluations] == [("mse-3.5bpw", "pytorch")]
-    assert [candidate.granularity for candidate in found.candidates] == ["expert"]
-    recipe = load_recipe(fresh.keep / "mse-3.5bpw.json")
-    assert recipe.expert_bpw == found.candidate("mse-3.5bpw").expert_bpw <= 3.5
-    assert fresh.sweep(settings, "torch", keep=fresh.keep)[0].evaluations == found.evaluations
+def test_types_per_stack_and_per_expert_are_made_and_judged_side_by_side(fresh: Place) -> None:
+    settings = replace(WHOLE, granularities=("stack", "expert"), bpws=(3.2,), presets=("Q3_K_M",), allocation=COMMON)
+    names = ["mse-3.2bpw", "mse-expert-3.2bpw", "mse-as-Q3_K_M", "mse-expert-as-Q3_K_M"]
+    found, _ = fresh.sweep(settings, "llama", "torch", keep=fresh.keep)
+    assert found.failures is None
+    assert [candidate.name for candidate in found.candidates] == ["preset-Q3_K_M", *names]
+    assert [candidate.granularity for candidate in found.candidates[1:]] == ["stack", "expert"] * 2
+    kld: dict[str, dict[str, float]] = {"llama.cpp": {}, "pytorch": {}}
+    for evaluation in found.evaluations:
+        kld[evaluation.engine][evaluation.file] = evaluation.divergence.kld.value
+    assert list(kld["llama.cpp"]) == list(kld["pytorch"]) == ["preset-Q3_K_M", *names]
+    for engine in kld.values():
+        assert engine["mse-expert-3.2bpw"] < engine["mse-3.2bpw"]
+    # Sums of products in two engines, not two models: a file is some 0.03 from the model.
+    assert max(cross.kld.value for cross in found.cross) < 3e-3
+
+    limit = (fresh.keep / "preset-Q3_K_M.gguf").stat().st_size
+    for name in names:
+        path = fresh.keep / f"{name}.gguf"
+        reader = GGUFReader(path)
+        assert ("alphaq.container.tensors" in reader.fields) == ("expert" in name)
+        stacks = [tensor for tensor in reader.tensors if "_exps" in tensor.name]
+        bits = sum(int(t.n_bytes) for t in stacks) * 8 / sum(int(t.n_elements) for t in stacks)
+        assert found.candidate(name).expert_bpw == pytest.approx(bits)
+        assert found.candidate(name).n_bytes == path.stat().st_size
+        if "bpw" in name:
+            assert bits <= 3.2
+        else:
+            assert path.stat().st_size <= limit
+    # Within one step of one stack, Q6_K to the next that a file can hold.
+    assert limit - (fresh.keep / "mse-expert-as-Q3_K_M.gguf").stat().st_size < 8 * 256 * (272 - 210)
+
+    again, recorder = fresh.sweep(settings, "llama", "torch", keep=fresh.keep)
+    assert (recorder.made, recorder.judged) == ([], [])
+    assert (again.candidates, again.evaluations) == (found.candidates, found.evaluations)
+
+
+def test_an_allocation_per_expert_is_named_so_where_experts_get_the_same_types(fresh: Place) -> None:
+    # The least there is, and the most.
+    settings = SweepSettings(strategies=("uniform",), granularities=("expert",), bpws=(2.625, 8.5))
+    found, _ = fresh.sweep(settings)
+    assert [candidate.name for candidate in found.candidates] == ["uniform-expert-2.625bpw", "uniform-expert-8.5bpw"]
+    assert [candidate.granularity for candidate in found.candidates] == ["expert"] * 2
+    for candidate, qtype in zip(found.candidates, ("Q2_K", "Q8_0"), strict=True):
+        assert {name for stack in candidate.stacks for name in stack.experts} == {qtype}
 
 
 def test_when_nothing_can_be_made_the_first_reason_is_told(fresh: Place) -> None:
@@ -355,6 +390,8 @@ def test_the_command_shows_all_by_size_and_marks_the_front(
         (["--presets", "Q4_0", "--tensor-type", "nothing=Q8_0"], "--tensor-type nothing=Q8_0 matches no tensor"),
         (["--presets", "Q4_0", "-o", "report.txt"], "a report's name ends in .html"),
         (["--presets", "Q4_0", "--engine", "vllm"], "--engine vllm: unknown"),
+        (["--bpw", "3", "--granularity", "stack,experts"], "--granularity 'experts': unknown -> one of stack, expert,"),
+        (["--bpw", "3", "--granularity", ","], "--granularity names none -> some of stack, expert, expert-shared"),
     ],
 )
 def test_bad_requests_take_one_line(options: list[str], message: str, place: Place, cli) -> None:
@@ -367,15 +404,22 @@ def test_bad_requests_take_one_line(options: list[str], message: str, place: Pla
     assert message in errors[0]
 
 
-def test_a_text_is_needed_and_a_type_per_expert_needs_a_checkpoint(swept: Comparison, place: Place, cli) -> None:
+def test_a_text_is_needed(place: Place, cli) -> None:
     code, _, err = cli("sweep", place.model, "--bpw", "3", "--cache-dir", place.cache)
     assert code == 2
     assert "no text to judge on -> --text FILE" in err
-    file = place.keep / "mse-3bpw.gguf"
-    arguments = [file, "--allow-requantize", *place.arguments[1:], "--bpw", "3.5", "--granularity", "expert"]
-    code, _, err = cli("sweep", *arguments)
-    assert code == 2
-    assert "from a Hugging Face directory" in err
+
+
+def test_types_per_expert_are_made_from_a_gguf_too(swept: Comparison, place: Place, cli) -> None:
+    file = place.keep / "mse-as-Q4_K_M.gguf"
+    arguments = [file, "--allow-requantize", *place.arguments[1:], "--bpw", "3.5", "--strategy", "random"]
+    code, out, err = cli("sweep", *arguments, "--granularity", "expert", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [(e["file"], e["engine"]) for e in found["evaluations"]] == [("random-expert-3.5bpw", "llama.cpp")]
+    (candidate,) = found["candidates"]
+    assert candidate["expert_bpw"] <= 3.5
+    assert any(len(stack["experts"]) > 1 for stack in candidate["stacks"])
 
 
 @pytest.mark.parametrize(
@@ -384,6 +428,7 @@ def test_a_text_is_needed_and_a_type_per_expert_needs_a_checkpoint(swept: Compar
         (["--bpw", "3", "--strategy", "mse,pmq"], "strategy 'pmq': how text uses the experts is not known"),
         (["--bpw", "3", "--strategy", "mse,moqa", "--granularity", "expert"], "strategy 'moqa': how text uses"),
         (["--bpw", "3", "--strategy", "router-norm"], "router-norm orders the experts of a layer, but a stack has one"),
+        (["--bpw", "3", "--strategy", "router-norm", "--granularity", "expert,stack"], "but a stack has one"),
         (["--presets", "Q4_0", "--keep", "FILE"], "file.txt: cannot be made: File exists -> choose another directory"),
         (["--presets", "Q4_0", "--keep", "IN_THE_WAY"], "preset-Q4_0.gguf exists"),
         (["--bpw", "8.5,20", "--keep", "FILE"], "20 bits per expert weight: the types allow no more than 8.5\n"),

@@ -17,7 +17,7 @@ from comparisons import bare, candidate, comparison, evaluation, rich, speed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaq_gguf.compare.data import CrossEngine, load_comparison
+from alphaq_gguf.compare.data import CrossEngine, StackTypes, load_comparison
 from alphaq_gguf.errors import AlphaQError, OutputError, UsageError
 from alphaq_gguf.evaluate.metrics import Estimate
 from alphaq_gguf.report import verdict, write_report
@@ -196,6 +196,53 @@ def test_words_say_plainly_where_alphaq_loses():
     apart = of_files(("a", 10, 0.2), ("u", 20, 0.1), origins={"a": "alphaq", "u": "uniform"})
     assert "cannot be held against each other" in finding(apart, "AlphaQ against the others")
     assert "AlphaQ against the others" not in [found.title for found in summarise(of_files(("a", 1, 0.1)))]
+
+
+def per_expert(of, *names: str):
+    """The same with a type per expert in the files `names`."""
+    changed = [replace(c, granularity="expert") if c.name in names else c for c in of.candidates]
+    return replace(of, candidates=tuple(changed))
+
+
+def test_words_hold_like_against_like_where_experts_have_types_of_their_own():
+    origins = {"a": "alphaq", "m": "mse", "ae": "alphaq", "me": "mse", "p": "preset Q4_K_M"}
+    files = [("a", 1000, 0.3), ("m", 1000, 0.2), ("ae", 1000, 0.1), ("me", 1001, 0.15), ("p", 1009, 0.12)]
+    of = per_expert(of_files(*files, origins=origins), "ae", "me")
+    text = finding(of, "AlphaQ against the others")
+    assert (
+        "With one type per stack, of 1 pair with mse it loses 1; of 1 pair with llama.cpp's presets it loses 1. "
+        "With a type per expert, of 1 pair with mse it wins 1; of 1 pair with llama.cpp's presets it wins 1. "
+        "The worst loss: “a” has KLD 0.300, “p” 0.120 (1000 MiB and 1009 MiB)."
+    ) in text
+    text = finding(of, "A type per expert")
+    assert text.endswith(
+        ": of 1 pair of alphaq it wins 1; of 1 pair of mse it wins 1. "
+        "The largest gain: “ae” has KLD 0.100, “a” 0.300 (1000 MiB and 1000 MiB)."
+    )
+    titles = [found.title for found in summarise(per_expert(of_files(("a", 10, 0.1), ("b", 10, 0.2)), "a", "b"))]
+    assert "A type per expert" not in titles
+
+
+def test_series_with_a_type_per_expert_have_their_strategys_colour_and_a_look_of_their_own():
+    files = [(f"{origin}{i}", 10 + i, 0.1 / i) for origin in ("mse", "alphaq") for i in (1, 2, 3, 4)]
+    of = of_files(*files, origins={name: name[:-1] for name, _, _ in files})
+    of = per_expert(of, "mse3", "mse4", "alphaq3", "alphaq4")
+    figure = size_kld(of)[0]
+    assert figure.data["joined"] == ["mse", "mse, per expert", "alphaq", "alphaq, per expert"]
+    assert "plug-in" not in figure.caption
+    svg = draw(figure).svg
+    assert all(f">{series}<" in svg for series in figure.data["joined"])
+    looks = []
+    for first in (1, 3, 5, 7):
+        point = svg[svg.index(f'id="size-kld-point-{first}"') :]
+        colour, shape = re.findall("fill: (#......)", point)[0], re.findall('xlink:href="#([^"]*)"', point)[0]
+        looks.append((colour, shape))
+    colours, shapes = zip(*looks, strict=True)
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert len(set(shapes)) == 4
+    mixed = replace(of.candidates[2], stacks=(StackTypes(0, "up", {"Q2_K": 3, "Q4_K": 5}),))
+    of = replace(of, candidates=(*of.candidates[:2], mixed, *of.candidates[3:]))
+    assert "run in llama.cpp with the plug-in only." in size_kld(of)[0].caption
 
 
 def test_words_say_how_routers_and_engines_agree():
