@@ -95,7 +95,7 @@ def test_blocks_run_and_print_what_is_shown(page: Path, tmp_path: Path, monkeypa
                 continue
             assert words[0] == "alphaq-gguf", f"{block.place}: cannot be run here, mark it: {shlex.join(words)}"
             # On a busy machine llama.cpp crawls with a thread per core.
-            code, out, err = cli(*words[1:], *(() if words[1] == "plan" else ("--threads", 1)))
+            code, out, err = cli(*words[1:], *(() if words[1] in ("plan", "plugin") else ("--threads", 1)))
             yield code, out + err
 
     for block in blocks(page):
