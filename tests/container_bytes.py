@@ -6,10 +6,14 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
 
 from alphaq_gguf.checkpoint import Source
+from alphaq_gguf.gguf_file import Field, TensorInfo, build_header, make_field, read_header
 from alphaq_gguf.qtypes import QType, row_bytes
 from alphaq_gguf.recipe import Recipe, RecipeUnit
 
@@ -106,3 +110,38 @@ def by_expert(recipe: Recipe, source: Source, types: Mapping[str, Sequence[QType
             n_weights = stack.n_rows * stack.n_cols
             units.append(RecipeUnit(stack.name, stack.bid, stack.proj, n_weights, qtype, n_bytes, xid))
     return replace(recipe, units=tuple(units), granularity="expert")
+
+
+def write_twin(file: Path, twin: Path) -> None:
+    """A file with containers as one that llama.cpp runs alone: weights in F32, decoded with gguf's own functions."""
+    header = read_header(file)
+    architecture = make_field("general.architecture", header.fields["general.name"].vtype, "qwen2moe")
+    fields = [field for key, field in header.fields.items() if not key.startswith("alphaq.container.")]
+    fields = [architecture if field.key == "general.architecture" else field for field in fields]
+    names = {number: name for name, number in NUMBERS.items()}
+    infos, data = [], []
+    for tensor in GGUFReader(file).tensors:
+        info, raw = header.tensors[tensor.name], tensor.data.tobytes()
+        if tensor.name in header.get("alphaq.container.tensors"):
+            table, parts = unpack(raw), []
+            for xid, (number, _, offset) in enumerate(table.entries):
+                weights, size = BLOCKS[names[number]]
+                rows = np.frombuffer(raw, np.uint8, table.size_of(xid), offset)
+                rows = rows.reshape(table.n_rows, table.n_cols // weights * size)
+                parts.append(dequantize(rows, GGMLQuantizationType(number)))
+            values = np.stack(parts)
+        else:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        infos.append(TensorInfo(info.name, info.shape, QType.F32))
+        data.append(values.astype(np.float32).tobytes())
+    write_file(twin, fields, infos, data)
+
+
+def write_file(path: Path, fields: list[Field], infos: list[TensorInfo], data: list[bytes]) -> None:
+    head, placed, size = build_header(fields, infos)
+    with path.open("wb") as file:
+        file.write(head)
+        for info, raw in zip(placed, data, strict=True):
+            file.seek(len(head) + info.offset)
+            file.write(raw)
+        file.truncate(size)

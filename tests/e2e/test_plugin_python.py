@@ -19,15 +19,14 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from container_bytes import BLOCKS, NUMBERS, by_expert, unpack
-from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize
+from container_bytes import by_expert, write_file, write_twin
+from gguf import GGUFReader
 
 from alphaq_gguf.checkpoint.huggingface import HuggingFaceSource
 from alphaq_gguf.errors import AlphaQError, SourceError
 from alphaq_gguf.evaluate.engines import LlamaEngine
 from alphaq_gguf.evaluate.llama import LlamaModel, LlamaVocabulary
-from alphaq_gguf.gguf_file import Field, TensorInfo, build_header, make_field, read_header
+from alphaq_gguf.gguf_file import make_field, read_header
 from alphaq_gguf.pipeline import AllocationSettings, allocate, convert
 from alphaq_gguf.plugin import build_plugin, cache_dir, load_plugin, unload_plugin
 from alphaq_gguf.qtypes import QType
@@ -59,41 +58,6 @@ def files(trained: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFacto
         assert len(convert(source, by_expert(uniform, source, chosen), file).containers) == len(source.stacks) - 1
         write_twin(file, directory / f"{name}-twin.gguf")
     return directory
-
-
-def write_twin(file: Path, twin: Path) -> None:
-    """Decode with gguf's own functions, from the documented bytes."""
-    header = read_header(file)
-    architecture = make_field("general.architecture", header.fields["general.name"].vtype, "qwen2moe")
-    fields = [field for key, field in header.fields.items() if not key.startswith("alphaq.container.")]
-    fields = [architecture if field.key == "general.architecture" else field for field in fields]
-    names = {number: name for name, number in NUMBERS.items()}
-    infos, data = [], []
-    for tensor in GGUFReader(file).tensors:
-        info, raw = header.tensors[tensor.name], tensor.data.tobytes()
-        if tensor.name in header.get("alphaq.container.tensors"):
-            table, parts = unpack(raw), []
-            for xid, (number, _, offset) in enumerate(table.entries):
-                weights, size = BLOCKS[names[number]]
-                rows = np.frombuffer(raw, np.uint8, table.size_of(xid), offset)
-                rows = rows.reshape(table.n_rows, table.n_cols // weights * size)
-                parts.append(dequantize(rows, GGMLQuantizationType(number)))
-            values = np.stack(parts)
-        else:
-            values = dequantize(tensor.data, tensor.tensor_type)
-        infos.append(TensorInfo(info.name, info.shape, QType.F32))
-        data.append(values.astype(np.float32).tobytes())
-    write_file(twin, fields, infos, data)
-
-
-def write_file(path: Path, fields: list[Field], infos: list[TensorInfo], data: list[bytes]) -> None:
-    head, placed, size = build_header(fields, infos)
-    with path.open("wb") as file:
-        file.write(head)
-        for info, raw in zip(placed, data, strict=True):
-            file.seek(len(head) + info.offset)
-            file.write(raw)
-        file.truncate(size)
 
 
 def kld(reference: np.ndarray, logits: np.ndarray) -> float:
