@@ -2,11 +2,11 @@
 
     python tools/study_strategies.py MODEL --text FILE -o RESULT [--bpw 3,3.5,4.5] [--strategy mse,mse+gate2,...]
 
-Only experts are quantised. So that types per expert, which no GGUF can hold, compare with types per stack, and the
-8-bit activations of llama.cpp's quantised products blur neither, every file is a twin: the weights of the
-allocation, dequantised to F32. A strategy named `mse+gate2` has its errors weighted by that routing mass. KLD is
-KL(reference || twin) per token, the reference being the unquantised model. Writes RESULT.json, RESULT.md and
-RESULT.svg. Rows of an earlier or interrupted run with the same model, text and calibration are kept where they are
+Only experts are quantised, and only their own bytes count: the containers in which a GGUF holds types per expert take
+some more. So that the 8-bit activations of llama.cpp's quantised products blur nothing, every file is a twin: the
+weights of the allocation, dequantised to F32. A strategy named `mse+gate2` has its errors weighted by that routing
+mass. KLD is KL(reference || twin) per token, the reference being the unquantised model. Writes RESULT.json, RESULT.md
+and RESULT.svg. Rows of an earlier or interrupted run with the same model, text and calibration are kept where they are
 asked for again.
 """
 
@@ -151,6 +151,28 @@ def report(result: dict[str, Any]) -> list[str]:
     if reasons:
         lines += ["", "Could not run:", ""]
         lines += [f"- {', '.join(places)}: {reason}" for reason, places in reasons.items()]
+    return lines + gains(result["rows"])
+
+
+def gains(rows: Sequence[Row]) -> list[str]:
+    """A table of what a type per expert changes in the KLD of one per stack, for each strategy and budget with both."""
+    judged = {key_of(row): row for row in rows if "kld" in row}
+    places = [place for granularity, *place in judged if granularity == "stack" and ("expert", *place) in judged]
+    if not places:
+        return []
+    lines = [
+        "",
+        "## A type per expert against one per stack",
+        "",
+        "At equal budgets. Stacks are few, so that some of the budget is left, which experts can spend.",
+        "",
+        "| budget | strategy | KLD per stack | of bpw | KLD per expert | of bpw | change |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for budget, strategy in places:
+        stack, expert = (judged[granularity, budget, strategy] for granularity in ("stack", "expert"))
+        figures = " | ".join(f"{row['kld']:.5f} | {row['bpw']:.4g}" for row in (stack, expert))
+        lines.append(f"| {budget} | {strategy} | {figures} | {100 * (expert['kld'] / stack['kld'] - 1):+.0f} % |")
     return lines
 
 

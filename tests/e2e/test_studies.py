@@ -283,6 +283,16 @@ def test_every_strategy_has_its_rows_or_a_reason(strategies) -> None:
             assert row["bpw"] <= budget
     for granularity in ("stack", "expert"):
         assert 0 < rows[granularity, "mse", 5.0]["kld"] < rows[granularity, "mse", 3.0]["kld"]
+    # Strategies that ran both ways, by budget.
+    table = [line.strip("| ").split(" | ") for line in report.partition("## A type per expert")[2].splitlines()]
+    gains = [cells for cells in table if len(cells) == 7][2:]
+    assert [cells[:2] for cells in gains] == [["3.0", "mse"], ["5.0", "mse"]]
+    for budget, _, *cells in gains:
+        stack, expert = (rows[granularity, "mse", float(budget)] for granularity in ("stack", "expert"))
+        assert [float(cell) for cell in cells[:4]] == pytest.approx(
+            [stack["kld"], stack["bpw"], expert["kld"], expert["bpw"]], rel=1e-3, abs=1e-5
+        )
+        assert float(cells[4].removesuffix(" %")) == pytest.approx(100 * expert["kld"] / stack["kld"] - 100, abs=0.5)
     plot = "".join(ElementTree.parse(output.with_name(output.name + ".svg")).getroot().itertext())
     assert all(label in plot for label in ("mse", "router-norm", "one type per stack", "one type per expert"))
 
