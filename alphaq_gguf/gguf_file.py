@@ -140,6 +140,16 @@ class _Cursor:
             return [self.value(item) for _ in range(count)]
         return self.scalar(_SCALARS[vtype])
 
+    def _skip_strings(self, count: int) -> None:
+        # Vocabularies are hundreds of thousands of them, the most of a header.
+        data, at, end, length = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > end:
+                at += 8
+                break
+            at += 8 + length(data, at)[0]
+        self.take(at - self.at)
+
     def skip(self, vtype: GGUFValueType, depth: int = 0) -> None:
         if depth > 8:
             raise FormatError("arrays nested deeper than 8")
@@ -149,6 +159,8 @@ class _Cursor:
             item, count = self.vtype(), self.scalar("<Q")
             if item in _SCALARS:
                 self.take(count * struct.calcsize(_SCALARS[item]))
+            elif item == GGUFValueType.STRING:
+                self._skip_strings(count)
             else:
                 for _ in range(count):
                     self.skip(item, depth + 1)

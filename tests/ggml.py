@@ -90,7 +90,7 @@ class Product:
 
 @dataclass
 class Experts:
-    """A stack of experts in a buffer of a device; `data` uint8 is mapped where the device does that."""
+    """A stack of experts in a buffer of a device; `data` uint8 is mapped, or copied to "DEVICE copied"."""
 
     device: str
     qtype: int
@@ -100,13 +100,13 @@ class Experts:
 
     def __post_init__(self) -> None:
         lib = library()
-        name = self.device.encode()
-        self._device = lib.ggml_backend_dev_by_name(name)
+        name, _, way = self.device.partition(" ")
+        self._device = lib.ggml_backend_dev_by_name(name.encode())
         assert self._device, f"no device {self.device}"
         self._ctx = lib.ggml_init(_Params(1 << 20, None, True))
         self.tensor = lib.ggml_new_tensor_3d(self._ctx, self.qtype, *reversed(self.shape))
         lib.ggml_set_name(self.tensor, b"blk.0.ffn_up_exps.weight")
-        mapped = self.device != "ALPHAQ_REPACK"
+        mapped = way != "copied"
         size = len(self.data)
         if mapped:
             pointer = self.data.ctypes.data

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -30,6 +31,7 @@ import numpy as np
 from results import describe_run, introduce, run, write_result
 
 from alphaq_gguf.checkpoint import ExpertStack, Source, open_source
+from alphaq_gguf.checkpoint.gguf import GGUFSource
 from alphaq_gguf.console import Console
 from alphaq_gguf.conversion import convert
 from alphaq_gguf.encode import library_version
@@ -37,6 +39,7 @@ from alphaq_gguf.errors import AlphaQError, UsageError
 from alphaq_gguf.evaluate.isolated import run_isolated
 from alphaq_gguf.evaluate.llama import LlamaModel, _defaults
 from alphaq_gguf.evaluate.speed import time_llama
+from alphaq_gguf.gguf_file import TensorInfo
 from alphaq_gguf.plugin import prepare
 from alphaq_gguf.plugin.load import BufferTypeOverride
 from alphaq_gguf.qtypes import QType, fits, row_bytes
@@ -121,7 +124,8 @@ def make_recipe(source: Source, granularity: str) -> Recipe:
         kind = "down" if stack.proj == "down" else "other"
         height = stack.n_rows
         for xid in range(stack.n_experts):
-            qtype = types[(turn[kind] if granularity == "stack" else xid) % len(types)]
+            # Turned from stack to stack, so that experts which a random router prefers have all types.
+            qtype = types[(turn[kind] + (0 if granularity == "stack" else xid)) % len(types)]
             n_bytes = height * row_bytes(qtype, stack.n_cols)
             units.append(
                 RecipeUnit(stack.name, stack.bid, stack.proj, height * stack.n_cols, qtype, n_bytes, expert=xid)
@@ -179,48 +183,77 @@ def check(files: dict[str, Path], threads: int) -> dict[str, float]:
 
 
 @contextmanager
-def loading(way: str) -> Iterator[bool]:
-    """How a model opened in the block is loaded; whether `repack` is to be asked for.
+def loading(path: Path, way: str) -> Iterator[bool]:
+    """How the file at `path` is loaded when it is opened in the block; whether `repack` is to be asked for.
 
     All weights but the experts are as stored, so that only the experts make the difference.
     """
     values: dict[str, Any] = {"use_extra_bufts": False}
-    overrides = (BufferTypeOverride * 2)(BufferTypeOverride(b"exps.weight", repacking_buffers()))
     if way == "repacked by llama.cpp":
+        buffers = RepackingBuffers()
+        source = GGUFSource(path, allow_requantize=True)
+        names = [stack.name for stack in source.stacks if buffers.take(source.tensors[stack.name])]
+        pattern = "|".join(map(re.escape, names)).encode()
+        overrides = (BufferTypeOverride * 2)(BufferTypeOverride(pattern, buffers.handle))
         values["tensor_buft_overrides"] = ctypes.addressof(overrides)
     with _defaults("llama_model_default_params", **values):
         yield "repacked" in way
 
 
-def repacking_buffers() -> int | None:
-    """The buffer type in which llama.cpp's CPU backend repacks experts."""
-    import llama_cpp.llama_cpp
+class RepackingBuffers:
+    """The buffer type in which llama.cpp's CPU backend repacks experts; AlphaQError where it has none."""
 
-    pointer = ctypes.c_void_p
-    library: Any = llama_cpp.llama_cpp._lib
-    for function, arguments in (
-        ("ggml_backend_dev_by_name", [ctypes.c_char_p]),
-        ("ggml_backend_dev_backend_reg", [pointer]),
-        ("ggml_backend_reg_get_proc_address", [pointer, ctypes.c_char_p]),
-        ("ggml_backend_buft_name", [pointer]),
-    ):
-        getattr(library, function).argtypes, getattr(library, function).restype = arguments, pointer
-    library.ggml_backend_buft_name.restype = ctypes.c_char_p
-    device = library.ggml_backend_dev_by_name(b"CPU")
-    registry = library.ggml_backend_dev_backend_reg(device)
-    address = library.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
-    listed = ctypes.CFUNCTYPE(ctypes.POINTER(pointer), pointer)(address)(device)
-    for i in range(16):
-        if not listed[i]:
-            break
-        if library.ggml_backend_buft_name(listed[i]) == b"CPU_REPACK":
-            return listed[i]
-    return None
+    def __init__(self) -> None:
+        import llama_cpp.llama_cpp
+
+        self._library: Any = llama_cpp.llama_cpp._lib
+        self._device = self._call("ggml_backend_dev_by_name", b"CPU")
+        registry = self._call("ggml_backend_dev_backend_reg", self._device)
+        address = self._call("ggml_backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts")
+        handle = ctypes.c_void_p
+        listed = ctypes.CFUNCTYPE(ctypes.POINTER(handle), handle)(address)(self._device)
+        found = next((h for h in iter(iter(listed).__next__, None) if self._name(h) == b"CPU_REPACK"), None)
+        if found is None:
+            raise AlphaQError("llama.cpp repacks no experts for this processor")
+        self.handle = found
+
+    def take(self, info: TensorInfo) -> bool:
+        """Whether experts of this type and shape are repacked, asked as llama.cpp does: with an empty buffer."""
+
+        class Params(ctypes.Structure):
+            """`struct ggml_init_params`."""
+
+            _fields_ = [("size", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+        context = self._call("ggml_init", Params(1 << 16, None, True))
+        n_experts, n_rows, n_cols = info.shape
+        experts = self._call("ggml_new_tensor_3d", context, int(info.qtype), n_cols, n_rows, n_experts)
+        rows = self._call("ggml_new_tensor_3d", context, int(QType.F32), n_cols, 1, 1)
+        ids = self._call("ggml_new_tensor_2d", context, int(QType.I32), 1, 1)
+        product = self._call("ggml_mul_mat_id", context, experts, rows, ids)
+        # The field after the type.
+        buffer = ctypes.c_void_p.from_address(experts + 8)
+        buffer.value = self._call("ggml_backend_buft_alloc_buffer", self.handle, 0)
+        taken = bool(self._call("ggml_backend_dev_supports_op", self._device, product) & 1)
+        self._call("ggml_backend_buffer_free", buffer.value)
+        self._call("ggml_free", context)
+        return taken
+
+    def _name(self, handle: int) -> bytes | None:
+        return ctypes.cast(self._call("ggml_backend_buft_name", handle), ctypes.c_char_p).value
+
+    def _call(self, name: str, *values: Any) -> Any:
+        function = getattr(self._library, name)
+        kinds = {bytes: ctypes.c_char_p, int: ctypes.c_void_p}
+        function.argtypes = [kinds.get(type(value), type(value)) for value in values]
+        function.restype = ctypes.c_void_p
+        return function(*values) or 0
 
 
 def time_file(path: Path, way: str, threads: int, reporter: Reporter) -> Timing:
     """One file in this process; loading is timed the second time, with the file in memory and libraries loaded."""
-    with loading(way) as repack:
+    load = 0.0
+    with loading(path, way) as repack:
         for _ in range(2):
             start = time.perf_counter()
             with LlamaModel(path, n_ctx=N_PREFILL, threads=threads, all_logits=False, repack=repack):

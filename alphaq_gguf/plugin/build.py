@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -77,6 +78,7 @@ def find_headers() -> Path:
     )
 
 
+@cache
 def _fingerprint(sources: Path, include: Path, flags: Sequence[str]) -> str:
     """What a compiled plug-in depends on, but for the compiler."""
     digest = hashlib.sha256(shlex.join(flags).encode())

@@ -1,8 +1,8 @@
 // A ggml backend that computes with containers: devices whose buffers hold stacks of experts of different types.
 //
 // llama.cpp puts a tensor there when it is told to (-ot "exps.weight=ALPHAQ") and then sends its MUL_MAT_ID here. ALPHAQ
-// computes on the mapped file; ALPHAQ_REPACK copies the experts into the buffers in which the CPU backend rearranges
-// weights for the processor. Both compute in the CPU backend, with operands and results in its memory.
+// computes on the mapped file; ALPHAQ_REPACK copies experts into the buffers in which the CPU backend rearranges weights
+// for the processor, where it has any for their type. Both compute in the CPU backend, with operands and results in its memory.
 #include "ggml_backend_interface.h"
 
 #include "container.h"
@@ -27,16 +27,22 @@ template <typename Function> Function cpu_function(const char * name) {
 
 constexpr std::align_val_t BUFFER_ALIGNMENT{64};
 
+enum class Memory {
+    MAPPED,  // a file's
+    OWNED,
+    NONE,  // stacks have their own, and addresses only tell tensors apart
+};
+
 struct Weights {
     char * base;
     size_t size;
-    bool owned;     // memory of its own, not a mapped file
-    bool repacked;  // no memory at all: stacks have their own, and addresses only tell tensors apart
+    Memory memory;
+    bool repack;
     std::mutex lock;
     std::unordered_map<const void *, std::unique_ptr<Stack>> stacks;  // by address; none where it is damaged
 
     ~Weights() {
-        if (owned) {
+        if (memory == Memory::OWNED) {
             operator delete(base, BUFFER_ALIGNMENT);
         }
     }
@@ -62,9 +68,9 @@ ggml_backend_buffer_type_t repacking_type(ggml_context * ctx, const Group & grou
     return nullptr;
 }
 
-// The stack in a tensor's bytes, which stay where they are or, to be repacked, are copied; none, with a message, when
-// they are damaged.
-std::unique_ptr<Stack> open_stack(const ggml_tensor * tensor, const char * data, bool repack) {
+// The stack in a tensor's bytes; none, with a message, when they are damaged. With `repack`, groups are copied where the
+// CPU backend can rearrange them, others only if the bytes do not `stay`.
+std::unique_ptr<Stack> open_stack(const ggml_tensor * tensor, const char * data, bool repack, bool stay) {
     auto stack = std::make_unique<Stack>();
     const uint8_t * bytes = reinterpret_cast<const uint8_t *>(data);
     const std::string problem = parse(bytes, ggml_nbytes(tensor), tensor->ne, stack->container);
@@ -79,7 +85,7 @@ std::unique_ptr<Stack> open_stack(const ggml_tensor * tensor, const char * data,
         void * place = const_cast<char *>(data + group.offset);
         ggml_backend_buffer_type_t type = repack ? repacking_type(stack->ctx, group, tensor->ne) : nullptr;
         stack->rearranged.push_back(type != nullptr);
-        if (repack) {
+        if (type || !stay) {
             type = type ? type : ggml_backend_dev_buffer_type(cpu_device());
             ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, ggml_nbytes(experts));
             if (!buffer) {
@@ -103,11 +109,16 @@ const Stack * find_stack(const ggml_tensor * tensor) {
     Weights & weights = weights_of(tensor->buffer);
     std::lock_guard<std::mutex> guard(weights.lock);
     auto found = weights.stacks.find(tensor->data);
-    if (found == weights.stacks.end() && !weights.repacked) {
-        auto opened = open_stack(tensor, static_cast<const char *>(tensor->data), false);
+    if (found == weights.stacks.end() && weights.memory != Memory::NONE) {
+        auto opened = open_stack(tensor, static_cast<const char *>(tensor->data), weights.repack, true);
         found = weights.stacks.emplace(tensor->data, std::move(opened)).first;
     }
     return found == weights.stacks.end() ? nullptr : found->second.get();
+}
+
+// A mapped tensor is whole when it is placed: what is wrong with it shows, and what takes time is done, while loading.
+ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+    return weights_of(buffer).memory != Memory::MAPPED || find_stack(tensor) ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
 
 void free_weights(ggml_backend_buffer_t buffer) { delete &weights_of(buffer); }
@@ -116,11 +127,11 @@ void * base_of_weights(ggml_backend_buffer_t buffer) { return weights_of(buffer)
 void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
     Weights & weights = weights_of(buffer);
     std::lock_guard<std::mutex> guard(weights.lock);
-    if (!weights.repacked) {
+    if (weights.memory != Memory::NONE) {
         memcpy(static_cast<char *>(tensor->data) + offset, data, size);
         weights.stacks.erase(tensor->data);
     } else if (offset == 0 && size == ggml_nbytes(tensor)) {
-        weights.stacks[tensor->data] = open_stack(tensor, static_cast<const char *>(data), true);
+        weights.stacks[tensor->data] = open_stack(tensor, static_cast<const char *>(data), true, false);
     } else {
         fprintf(stderr, "alphaq: %s comes in parts, which cannot be repacked\n", tensor->name);
         weights.stacks[tensor->data] = nullptr;
@@ -128,7 +139,7 @@ void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void *
 }
 
 void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
-    if (weights_of(buffer).repacked) {
+    if (weights_of(buffer).memory == Memory::NONE) {
         GGML_ABORT("alphaq: the bytes of %s were repacked and cannot be read", tensor->name);
     }
     memcpy(data, static_cast<const char *>(tensor->data) + offset, size);
@@ -136,11 +147,12 @@ void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void *
 
 void clear_weights(ggml_backend_buffer_t, uint8_t) {}
 
-ggml_backend_buffer_t make_buffer(ggml_backend_buffer_type_t type, char * base, size_t size, bool owned, bool repacked) {
-    auto * weights = new Weights{base, size, owned, repacked, {}, {}};
+ggml_backend_buffer_t make_buffer(ggml_backend_buffer_type_t type, char * base, size_t size, Memory memory, bool repack) {
+    auto * weights = new Weights{base, size, memory, repack, {}, {}};
     ggml_backend_buffer_i iface = {};
     iface.free_buffer = free_weights;
     iface.get_base = base_of_weights;
+    iface.init_tensor = init_tensor;
     iface.set_tensor = set_tensor;
     iface.get_tensor = get_tensor;
     iface.clear = clear_weights;
@@ -148,18 +160,18 @@ ggml_backend_buffer_t make_buffer(ggml_backend_buffer_type_t type, char * base, 
 }
 
 const char * name_of_mapped(ggml_backend_buffer_type_t) { return "ALPHAQ"; }
-const char * name_of_repacked(ggml_backend_buffer_type_t) { return "ALPHAQ_REPACK"; }
+const char * name_of_repacking(ggml_backend_buffer_type_t) { return "ALPHAQ_REPACK"; }
 size_t alignment(ggml_backend_buffer_type_t) { return ALIGNMENT; }
 bool never_host(ggml_backend_buffer_type_t) { return false; }
 
 ggml_backend_buffer_t alloc_plain(ggml_backend_buffer_type_t type, size_t size) {
     char * base = static_cast<char *>(operator new(size, BUFFER_ALIGNMENT, std::nothrow));
-    return base ? make_buffer(type, base, size, true, false) : nullptr;
+    return base ? make_buffer(type, base, size, Memory::OWNED, false) : nullptr;
 }
 
-ggml_backend_buffer_t alloc_repacked(ggml_backend_buffer_type_t type, size_t size) {
+ggml_backend_buffer_t alloc_repacking(ggml_backend_buffer_type_t type, size_t size) {
     // An address that is aligned, and never followed.
-    return make_buffer(type, reinterpret_cast<char *>(uintptr_t(1) << 12), size, false, true);
+    return make_buffer(type, reinterpret_cast<char *>(uintptr_t(1) << 12), size, Memory::NONE, true);
 }
 
 // The backend
@@ -253,12 +265,12 @@ ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) {
 // Devices: those that llama.cpp sees own weights. The backend itself belongs to one that is not registered, whose
 // buffers are the CPU's, so that operands and results need no copies.
 
-extern ggml_backend_buffer_type mapped_type, repacked_type;
-extern ggml_backend_device mapped_device, repacked_device, computing_device;
+extern ggml_backend_buffer_type mapped_buffers, repacking_buffers;
+extern ggml_backend_device mapped_device, repacking_device, computing_device;
 
-bool is_ours(ggml_backend_buffer_type_t type) { return type == &mapped_type || type == &repacked_type; }
+bool is_ours(ggml_backend_buffer_type_t type) { return type == &mapped_buffers || type == &repacking_buffers; }
 
-const char * name_of_device(ggml_backend_dev_t device) { return device == &repacked_device ? "ALPHAQ_REPACK" : "ALPHAQ"; }
+const char * name_of_device(ggml_backend_dev_t device) { return device == &repacking_device ? "ALPHAQ_REPACK" : "ALPHAQ"; }
 const char * description(ggml_backend_dev_t) { return "experts of different types in one stack"; }
 void get_memory(ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = 0; }
 enum ggml_backend_dev_type get_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
@@ -268,7 +280,7 @@ void get_props(ggml_backend_dev_t device, ggml_backend_dev_props * props) {
     props->name = name_of_device(device);
     props->description = description(device);
     props->type = GGML_BACKEND_DEVICE_TYPE_ACCEL;
-    props->caps.buffer_from_host_ptr = device == &mapped_device;
+    props->caps.buffer_from_host_ptr = device != &computing_device;
 }
 
 ggml_backend_t make_backend(ggml_backend_dev_t, const char *) {
@@ -288,12 +300,13 @@ ggml_backend_t make_backend(ggml_backend_dev_t, const char *) {
 
 ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device) {
     return device == &computing_device ? ggml_backend_dev_buffer_type(cpu_device())
-           : device == &mapped_device  ? &mapped_type
-                                       : &repacked_type;
+           : device == &mapped_device  ? &mapped_buffers
+                                       : &repacking_buffers;
 }
 
-ggml_backend_buffer_t map_buffer(ggml_backend_dev_t, void * start, size_t size, size_t) {
-    return make_buffer(&mapped_type, static_cast<char *>(start), size, false, false);
+ggml_backend_buffer_t map_buffer(ggml_backend_dev_t device, void * start, size_t size, size_t) {
+    const bool repack = device == &repacking_device;
+    return make_buffer(buffer_type(device), static_cast<char *>(start), size, Memory::MAPPED, repack);
 }
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
@@ -330,19 +343,19 @@ ggml_backend_device_i device_interface(bool maps) {
     return iface;
 }
 
-ggml_backend_buffer_type mapped_type = {
+ggml_backend_buffer_type mapped_buffers = {
     {name_of_mapped, alloc_plain, alignment, nullptr, nullptr, never_host}, &mapped_device, nullptr};
-ggml_backend_buffer_type repacked_type = {
-    {name_of_repacked, alloc_repacked, alignment, nullptr, nullptr, never_host}, &repacked_device, nullptr};
+ggml_backend_buffer_type repacking_buffers = {
+    {name_of_repacking, alloc_repacking, alignment, nullptr, nullptr, never_host}, &repacking_device, nullptr};
 ggml_backend_device mapped_device = {device_interface(true), registry(), nullptr};
-ggml_backend_device repacked_device = {device_interface(false), registry(), nullptr};
+ggml_backend_device repacking_device = {device_interface(true), registry(), nullptr};
 ggml_backend_device computing_device = {device_interface(false), registry(), nullptr};
 
 // The registry
 
 const char * registry_name(ggml_backend_reg_t) { return "ALPHAQ"; }
 size_t device_count(ggml_backend_reg_t) { return 2; }
-ggml_backend_dev_t device_at(ggml_backend_reg_t, size_t i) { return i == 0 ? &mapped_device : &repacked_device; }
+ggml_backend_dev_t device_at(ggml_backend_reg_t, size_t i) { return i == 0 ? &mapped_device : &repacking_device; }
 
 void * find_function(ggml_backend_reg_t, const char * name) {
     if (strcmp(name, "ggml_backend_set_n_threads") == 0) {
@@ -378,8 +391,9 @@ extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backen
                 version);
         return nullptr;
     }
-    for (ggml_backend_dev_t device : {&alphaq::mapped_device, &alphaq::repacked_device}) {
-        const std::string problem = alphaq::self_test(device);
+    for (ggml_backend_dev_t device : {&alphaq::mapped_device, &alphaq::repacking_device}) {
+        std::string problem = alphaq::self_test(device, true);
+        problem = problem.empty() ? alphaq::self_test(device, false) : problem;
         if (!problem.empty()) {
             fprintf(stderr, "alphaq: self-test of %s failed: %s\n", alphaq::name_of_device(device), problem.c_str());
             return nullptr;
