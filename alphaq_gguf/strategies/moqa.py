@@ -20,6 +20,8 @@ DOUBT = 0.1
 _MAX_ROUNDS = 1000
 # Of values whose mean is 1.
 _TOLERANCE = 1e-9
+# Of gaps and shares that are told apart.
+_DIGITS = 9
 
 
 class MoQa:
@@ -42,16 +44,19 @@ class MoQa:
             groups[unit.bid, unit.name if unit.xid is None else unit.xid].append(u)
         keys = sorted(groups)
         found = {bid: classify(significance[bid].mean(axis=0)) for bid in {bid for bid, _ in keys}}
-        start, gaps = [], []
+        start, gaps, means = [], [], []
         for key in keys:
             levels, gap = found[key[0]]
             xids = sorted({m.xid for m in problem.units[groups[key][0]].matrices})
             start.append(np.ceil(levels[xids].mean() - 0.5))
             gaps.append(gap[xids].mean())
+            means.append(significance[key[0]].mean(axis=0)[xids].mean())
         units = [groups[key] for key in keys]
         columns = level_columns(problem, LEVELS)
         size = level_sizes(problem, columns, units)
-        chosen = meet_budget(size, np.array(start, dtype=np.int64), np.argsort(gaps, kind="stable"), problem.budget)
+        # Sums over experts in another order end on other digits. Of equal gaps the less significant comes first.
+        order = np.lexsort((np.round(means, _DIGITS), np.round(gaps, _DIGITS)))
+        chosen = meet_budget(size, np.array(start, dtype=np.int64), order, problem.budget)
         dynamics = float(np.mean([shares.std(axis=0).sum() for shares in significance.values()]))
         return Allocation(choice_at(columns, units, chosen), method="fuzzy clusters", parameters={"dynamics": dynamics})
 

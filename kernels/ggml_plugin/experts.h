@@ -43,6 +43,26 @@ constexpr size_t FEW_PAIRS = 32;
 struct Pair {
     int32_t slot;
     int32_t token;
+    int32_t place;  // of the expert, among those of its type
+};
+
+// The pairs of one type, in the order of tokens and slots.
+struct Pairs {
+    const Pair * first;
+    size_t n;
+
+    const Pair & operator[](size_t i) const { return first[i]; }
+
+    // How far apart their slots are, if they are of one token and as far apart everywhere; else 0.
+    int32_t step() const {
+        const int32_t step = n > 1 ? first[1].slot - first[0].slot : 1;
+        for (size_t i = 1; i < n; i++) {
+            if (first[i].token != first[0].token || first[i].slot - first[i - 1].slot != step) {
+                return 0;
+            }
+        }
+        return step;
+    }
 };
 
 // Rows of a tensor, found by slot and token; where it has fewer slots, they repeat.
@@ -58,24 +78,24 @@ struct Rows {
 
 struct Move {
     Rows rows;
-    const std::vector<Pair> * pairs;
+    Pairs pairs;
     char * packed;
 
     void gather(size_t first, size_t last) const {
         for (size_t i = first; i < last; i++) {
-            memcpy(packed + i * rows.row_bytes, rows.at((*pairs)[i]), rows.row_bytes);
+            memcpy(packed + i * rows.row_bytes, rows.at(pairs[i]), rows.row_bytes);
         }
     }
     void scatter(size_t first, size_t last) const {
         for (size_t i = first; i < last; i++) {
-            memcpy(rows.at((*pairs)[i]), packed + i * rows.row_bytes, rows.row_bytes);
+            memcpy(rows.at(pairs[i]), packed + i * rows.row_bytes, rows.row_bytes);
         }
     }
 };
 
 template <void (Move::*move)(size_t, size_t) const> void run_move(ggml_tensor *, int ith, int nth, void * user) {
     const Move & self = *static_cast<const Move *>(user);
-    const size_t n = self.pairs->size();
+    const size_t n = self.pairs.n;
     (self.*move)(n * ith / nth, n * (ith + 1) / nth);
 }
 
@@ -120,19 +140,37 @@ class Batch {
 
     // Add a node; empty, or what is wrong with its experts' numbers.
     std::string add(ggml_tensor * node, const Stack & stack) {
-        nodes.push_back({node, &stack, {}});
+        nodes.emplace_back();
         Node & added = nodes.back();
-        added.pairs.resize(stack.tensors.size());
+        added.node = node;
+        added.stack = &stack;
         const ggml_tensor * ids = node->src[2];
+        const Container & container = stack.container;
+        const auto expert_at = [&](int64_t token, int64_t slot) {
+            int32_t expert;
+            memcpy(&expert, static_cast<const char *>(ids->data) + token * ids->nb[1] + slot * ids->nb[0], 4);
+            return expert;
+        };
+        // Where the pairs of each type end, then begin.
+        added.starts.assign(stack.tensors.size() + 1, 0);
         for (int64_t token = 0; token < ids->ne[1]; token++) {
             for (int64_t slot = 0; slot < ids->ne[0]; slot++) {
-                int32_t expert;
-                const char * place = static_cast<const char *>(ids->data) + token * ids->nb[1] + slot * ids->nb[0];
-                memcpy(&expert, place, sizeof(expert));
-                if (expert < 0 || size_t(expert) >= stack.container.group_of.size()) {
+                const int32_t expert = expert_at(token, slot);
+                if (expert < 0 || size_t(expert) >= container.group_of.size()) {
                     return "expert " + std::to_string(expert) + " is asked for";
                 }
-                added.pairs[stack.container.group_of[expert]].push_back({int32_t(slot), int32_t(token)});
+                added.starts[container.group_of[expert]]++;
+            }
+        }
+        for (size_t g = 1; g < added.starts.size(); g++) {
+            added.starts[g] += added.starts[g - 1];
+        }
+        added.pairs.resize(added.starts.back());
+        for (int64_t token = ids->ne[1] - 1; token >= 0; token--) {
+            for (int64_t slot = ids->ne[0] - 1; slot >= 0; slot--) {
+                const int32_t expert = expert_at(token, slot);
+                size_t & start = added.starts[container.group_of[expert]];
+                added.pairs[--start] = {int32_t(slot), int32_t(token), container.place_of[expert]};
             }
         }
         n_tensors += 4 + 8 * stack.tensors.size();
@@ -154,15 +192,16 @@ class Batch {
         ctx = ggml_init({size, scratch.take(size), true});
         graph = ggml_new_graph_custom(ctx, n_tensors, false);
         for (Node & node : nodes) {
-            for (size_t g = 0; g < node.pairs.size(); g++) {
-                if (!node.pairs[g].empty()) {
-                    add_group(node, g);
+            for (size_t g = 0; g + 1 < node.starts.size(); g++) {
+                const Pairs pairs{node.pairs.data() + node.starts[g], node.starts[g + 1] - node.starts[g]};
+                if (pairs.n > 0) {
+                    add_group(node, g, pairs);
                 }
             }
         }
         const ggml_status status = ggml_backend_graph_compute(cpu, graph);
         for (const Move * move : late) {
-            move->scatter(0, move->pairs->size());
+            move->scatter(0, move->pairs.n);
         }
         return status;
     }
@@ -171,7 +210,8 @@ class Batch {
     struct Node {
         ggml_tensor * node;
         const Stack * stack;
-        std::vector<std::vector<Pair>> pairs;  // by group
+        std::vector<Pair> pairs;     // by type
+        std::vector<size_t> starts;  // of each type's, and the end
     };
     struct Rounded {
         const ggml_tensor * source;
@@ -183,43 +223,33 @@ class Batch {
         return tensor;
     }
 
-    static bool is_run(const std::vector<Pair> & pairs) {
-        for (size_t i = 1; i < pairs.size(); i++) {
-            if (pairs[i].slot != pairs[0].slot + int32_t(i) || pairs[i].token != pairs[0].token) {
-                return false;
-            }
-        }
-        return true;
-    }
-
     // dst[:, slot, token] = experts of one type x src[:, slot % slots of src, token], for the pairs of that type
-    void add_group(Node & node, size_t g) {
+    void add_group(const Node & node, size_t g, Pairs pairs) {
         ggml_tensor * experts = node.stack->tensors[g];
         ggml_tensor * dst = node.node;
         const ggml_tensor * src = dst->src[1];
-        const std::vector<Pair> & pairs = node.pairs[g];
-        const int64_t n = int64_t(pairs.size());
-        const bool few = pairs.size() <= FEW_PAIRS;
+        const int64_t n = int64_t(pairs.n);
+        const bool few = pairs.n <= FEW_PAIRS;
         const Rows results{static_cast<char *>(dst->data), dst->ne[1], dst->nb[1], dst->nb[2],
                            dst->ne[0] * sizeof(float)};
 
-        // Pairs of one token that follow each other need no moving at all; they stand as slots of a token.
-        const bool run = few && is_run(pairs) && (src->ne[1] == 1 || src->ne[1] == dst->ne[1]);
-        ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, run ? n : 1, run ? 1 : n);
+        // Pairs of one token whose slots are evenly apart, such as two, need no moving: strides reach them where they are.
+        const int32_t step = few && (src->ne[1] == 1 || src->ne[1] == dst->ne[1]) ? pairs.step() : 0;
+        ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, step ? n : 1, step ? 1 : n);
         place(ids, scratch.take(ggml_nbytes(ids)));
         for (int64_t i = 0; i < n; i++) {
-            static_cast<int32_t *>(ids->data)[i] = node.stack->container.place_of[expert_of(dst->src[2], pairs[i])];
+            static_cast<int32_t *>(ids->data)[i] = pairs[i].place;
         }
-        ggml_tensor * product = ggml_mul_mat_id(ctx, experts, operand(node, g, run), ids);
-        if (run) {
+        ggml_tensor * product = ggml_mul_mat_id(ctx, experts, operand(node, g, pairs, step), ids);
+        if (step) {
             product->data = results.at(pairs[0]);
-            product->nb[1] = dst->nb[1];
-            product->nb[2] = product->nb[3] = dst->nb[1] * n;
+            product->nb[1] = dst->nb[1] * step;
+            product->nb[2] = product->nb[3] = product->nb[1] * n;
             ggml_build_forward_expand(graph, product);
             return;
         }
         place(product, scratch.take(ggml_nbytes(product)));
-        moves.push_back({results, &pairs, static_cast<char *>(product->data)});
+        moves.push_back({results, pairs, static_cast<char *>(product->data)});
         if (few) {
             late.push_back(&moves.back());
             ggml_build_forward_expand(graph, product);
@@ -228,22 +258,21 @@ class Batch {
         }
     }
 
-    // The rows that a group multiplies with: [cols, 1, pairs], or [cols, slots, 1] for a run of slots of one token.
-    ggml_tensor * operand(Node & node, size_t g, bool run) {
+    // The rows that a group multiplies with: [cols, 1, pairs], or [cols, slots, 1] of one token, slots a step apart.
+    ggml_tensor * operand(const Node & node, size_t g, Pairs pairs, int32_t step) {
         ggml_tensor * src = node.node->src[1];
-        const std::vector<Pair> & pairs = node.pairs[g];
-        const int64_t n_cols = src->ne[0], n = int64_t(pairs.size());
+        const int64_t n_cols = src->ne[0], n = int64_t(pairs.n);
         Rows rows{static_cast<char *>(src->data), src->ne[1], src->nb[1], src->nb[2], n_cols * sizeof(float)};
-        if (run) {
+        if (step) {
             ggml_tensor * view = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_cols, src->ne[1] == 1 ? 1 : n, 1);
-            view->nb[1] = src->nb[1];
+            view->nb[1] = src->nb[1] * step;
             view->nb[2] = view->nb[3] = src->nb[1] * view->ne[1];
             return place(view, rows.at(pairs[0]));
         }
-        if (pairs.size() <= FEW_PAIRS) {
+        if (pairs.n <= FEW_PAIRS) {
             ggml_tensor * packed = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_cols, 1, n);
             place(packed, scratch.take(ggml_nbytes(packed)));
-            Move{rows, &pairs, static_cast<char *>(packed->data)}.gather(0, pairs.size());
+            Move{rows, pairs, static_cast<char *>(packed->data)}.gather(0, pairs.n);
             return packed;
         }
         ggml_type type = GGML_TYPE_F32;
@@ -258,7 +287,7 @@ class Batch {
             rows = {static_cast<char *>(blocks->data), src->ne[1], row_bytes, row_bytes * src->ne[1], row_bytes};
         }
         char * packed = scratch.take(ggml_row_size(type, n_cols) * n);
-        moves.push_back({rows, &pairs, packed});
+        moves.push_back({rows, pairs, packed});
         return add_move<&Move::gather>(blocks, type, n_cols, n);
     }
 
@@ -294,12 +323,6 @@ class Batch {
         place(moved, moves.back().packed);
         ggml_build_forward_expand(graph, moved);
         return moved;
-    }
-
-    static int32_t expert_of(const ggml_tensor * ids, Pair pair) {
-        int32_t expert;
-        memcpy(&expert, static_cast<const char *>(ids->data) + pair.token * ids->nb[1] + pair.slot * ids->nb[0], 4);
-        return expert;
     }
 
     Scratch & scratch;
