@@ -8,7 +8,6 @@
 #include "container.h"
 #include "experts.h"
 
-#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <unordered_map>
@@ -35,7 +34,6 @@ enum class Memory {
 
 struct Weights {
     char * base;
-    size_t size;
     Memory memory;
     bool repack;
     std::mutex lock;
@@ -148,7 +146,7 @@ void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void *
 void clear_weights(ggml_backend_buffer_t, uint8_t) {}
 
 ggml_backend_buffer_t make_buffer(ggml_backend_buffer_type_t type, char * base, size_t size, Memory memory, bool repack) {
-    auto * weights = new Weights{base, size, memory, repack, {}, {}};
+    auto * weights = new Weights{base, memory, repack, {}, {}};
     ggml_backend_buffer_i iface = {};
     iface.free_buffer = free_weights;
     iface.get_base = base_of_weights;
