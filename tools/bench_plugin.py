@@ -37,7 +37,7 @@ from alphaq_gguf.conversion import convert
 from alphaq_gguf.encode import library_version
 from alphaq_gguf.errors import AlphaQError, UsageError
 from alphaq_gguf.evaluate.isolated import run_isolated
-from alphaq_gguf.evaluate.llama import LlamaModel, _defaults
+from alphaq_gguf.evaluate.llama import LlamaModel, changed_defaults
 from alphaq_gguf.evaluate.speed import time_llama
 from alphaq_gguf.gguf_file import TensorInfo
 from alphaq_gguf.plugin import prepare
@@ -196,7 +196,7 @@ def loading(path: Path, way: str) -> Iterator[bool]:
         pattern = "|".join(map(re.escape, names)).encode()
         overrides = (BufferTypeOverride * 2)(BufferTypeOverride(pattern, buffers.handle))
         values["tensor_buft_overrides"] = ctypes.addressof(overrides)
-    with _defaults("llama_model_default_params", **values):
+    with changed_defaults("llama_model_default_params", **values):
         yield "repacked" in way
 
 

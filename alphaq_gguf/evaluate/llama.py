@@ -272,17 +272,17 @@ def weights_placed(path: Path, asked: ContainerFile | None, *, repack: bool) -> 
         check_types(asked.types, str(path))
         placed = plugin.place(asked.pattern, repack=repack)
         values["tensor_buft_overrides"] = ctypes.addressof(placed)
-    with _defaults("llama_model_default_params", **values):
+    with changed_defaults("llama_model_default_params", **values):
         yield placed
 
 
 def _context_defaults(watch: Watch | None, n_sequences: int) -> AbstractContextManager[None]:
     values: dict[str, Any] = {} if watch is None else {"cb_eval": watch.callback}
-    return _defaults("llama_context_default_params", n_seq_max=n_sequences, **values)
+    return changed_defaults("llama_context_default_params", n_seq_max=n_sequences, **values)
 
 
 @contextmanager
-def _defaults(function: str, **values: Any) -> Iterator[None]:
+def changed_defaults(function: str, **values: Any) -> Iterator[None]:
     """Have llama.cpp's `function` return other default parameters: `Llama` has no arguments for these."""
     import llama_cpp.llama_cpp as library
 
