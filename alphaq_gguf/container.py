@@ -132,11 +132,6 @@ def container_bytes(qtype: QType, shape: tuple[int, int, int]) -> int:
     return shape[0] * shape[1] * row_bytes(qtype, shape[2])
 
 
-def overhead_bytes(n_experts: int, n_types: int) -> int:
-    """The most that header and alignment take in a container with so many types."""
-    return align(header_bytes(n_experts), ALIGNMENT) + n_types * (ALIGNMENT - 1)
-
-
 def choose_container(container: Container) -> QType:
     """The smallest type whose tensor holds the container. ValueError when none does."""
     for qtype in container_types(container.shape[2]):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.base import ExpertStack, find_stacks
-from .checkpoint.containers import check_declared, read_containers
 from .container import Container
 from .errors import SourceError
+from .file_containers import check_declared, read_containers
 from .gguf_file import Header, TensorInfo, read_header
 from .guard import ARCHITECTURE, Declaration, read_declaration
 from .qtypes import bpw, row_bytes

@@ -102,11 +102,9 @@ def restore(fields: Iterable[Field], architecture: str) -> list[Field]:
     return [named if field.key == ARCHITECTURE else field for field in fields if not field.key.startswith(_PREFIX)]
 
 
-def launch_options(
-    architecture: str, containers: Sequence[str], stacks: Sequence[str], device: str = DEVICE
-) -> list[str]:
+def launch_options(architecture: str, containers: Sequence[str], stacks: Sequence[str]) -> list[str]:
     """The options with which llama.cpp's programs load such a file, the plug-in being named by GGML_BACKEND_PATH."""
-    return ["-ot", f"{tensor_pattern(containers, stacks)}={device}", "--override-kv", override(architecture)]
+    return ["-ot", f"{tensor_pattern(containers, stacks)}={DEVICE}", "--override-kv", override(architecture)]
 
 
 def override(architecture: str) -> str:

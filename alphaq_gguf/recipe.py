@@ -197,16 +197,6 @@ def load_recipe(path: Path) -> Recipe:
     return from_json(data, str(path))
 
 
-def refuse_expert_types(granularity: str, where: str) -> None:
-    """AlphaQError for anything but one type per stack, the only thing that llama-quantize can be told."""
-    if granularity != "stack":
-        raise AlphaQError(
-            f"{where}: gives each expert a type of its own; llama-quantize has one type for all experts of a stacked "
-            "tensor",
-            "allocate with --granularity stack, or write the file with `alphaq-gguf convert`",
-        )
-
-
 def check_source(recipe: Recipe, source: Source, where: str) -> None:
     """AlphaQError unless the recipe was made for `source`."""
     if recipe.source != source.fingerprint:

@@ -159,6 +159,24 @@ class Experts:
             product.status = status
         return products
 
+    def multiply_twice(self, x: np.ndarray, ids: np.ndarray) -> Product:
+        """The product of a product with the same experts, whose rows are as long as their columns, in one graph."""
+        lib = library()
+        ctx = lib.ggml_init(_Params(1 << 20, None, True))
+        graph = lib.ggml_new_graph(ctx)
+        keep: list[np.ndarray] = []
+        operand, chosen = _wrap(ctx, F32, x, keep), _wrap(ctx, I32, ids[None], keep)
+        for _ in range(2):
+            operand = lib.ggml_mul_mat_id(ctx, self.tensor, operand, chosen)
+            values = np.full((*ids.shape, self.shape[1]), np.nan, np.float32)
+            _Tensor.from_address(operand).data = values.ctypes.data
+            keep.append(values)
+        lib.ggml_build_forward_expand(graph, operand)
+        supported = lib.ggml_backend_dev_supports_op(self._device, operand)
+        status = lib.ggml_backend_graph_compute(self.backend, graph)
+        lib.ggml_free(ctx)
+        return Product(status, keep[-1], supported)
+
 
 def _wrap(ctx: int, number: int, array: np.ndarray, keep: list) -> int:
     """A tensor of these values where they are, strides and all."""

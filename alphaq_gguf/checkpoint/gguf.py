@@ -12,11 +12,11 @@ import numpy as np
 
 from ..encode import decode_rows
 from ..errors import SourceError
+from ..file_containers import check_declared, read_containers
 from ..gguf_file import Field, Header, TensorInfo, read_header
 from ..guard import ARCHITECTURE, read_declaration, restore
 from ..qtypes import FLOAT_TYPES, QType, row_bytes
 from .base import Source
-from .containers import check_declared, read_containers
 from .huggingface import CONFIG_KEY, describe_model
 
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
@@ -57,7 +57,7 @@ class GGUFSource(Source):
         declared = declaration.tensors if declaration else ()
         self.containers = read_containers(stacks, self._places, declared)
         check_declared(self.containers, declared, self.tensors, str(path))
-        if self.containers and not allow_requantize:
+        if not allow_requantize:
             self.refuse_containers()
         quantised = [s for s in self.stacks if self.tensors[s.name].qtype not in FLOAT_TYPES]
         if quantised and not allow_requantize:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..container import Container, header_bytes, parse_container
+from ..container import Container
 from ..errors import SourceError
+from ..file_containers import read_containers
 from ..gguf_file import FormatError, Header, read_field, read_header
 from ..guard import ARCHITECTURE, read_declaration, tensor_pattern
 from ..qtypes import QType
@@ -52,7 +51,9 @@ def read_container_file(path: Path) -> ContainerFile | None:
     stacks: list[str] = []
     for part, found in _parts(path, header).items():
         stacks += [name for name in found.tensors if _STACK in name]
-        containers |= _read_containers(part, found, declared.tensors)
+        infos = [info for name, info in found.tensors.items() if name in declared.tensors]
+        places = {info.name: (part, found.data_offset + info.offset) for info in infos}
+        containers |= read_containers(infos, places, declared.tensors)
     for name in declared.tensors:
         if name not in containers:
             raise SourceError(f"{path}: declares container {name}, which does not exist", "convert the model again")
@@ -68,14 +69,3 @@ def _parts(path: Path, header: Header) -> dict[Path, Header]:
     start = path.name.removesuffix(ending)
     others = [path.with_name(f"{start}-{number:05d}-of-{count:05d}.gguf") for number in range(2, count + 1)]
     return {path: header, **{part: read_header(part) for part in others}}
-
-
-def _read_containers(path: Path, header: Header, declared: Collection[str]) -> dict[str, Container]:
-    found: dict[str, Container] = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for name, info in header.tensors.items():
-            if name in declared:
-                start = header.data_offset + info.offset
-                length = min(info.n_bytes, header_bytes(info.shape[0] if info.shape else 0))
-                found[name] = parse_container(mapped[start : start + length], info, str(path))
-    return found

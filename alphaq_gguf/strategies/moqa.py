@@ -43,14 +43,15 @@ class MoQa:
         for u, unit in enumerate(problem.units):
             groups[unit.bid, unit.name if unit.xid is None else unit.xid].append(u)
         keys = sorted(groups)
-        found = {bid: classify(significance[bid].mean(axis=0)) for bid in {bid for bid, _ in keys}}
+        mean = {bid: significance[bid].mean(axis=0) for bid in {bid for bid, _ in keys}}
+        found = {bid: classify(values) for bid, values in mean.items()}
         start, gaps, means = [], [], []
         for key in keys:
             levels, gap = found[key[0]]
             xids = sorted({m.xid for m in problem.units[groups[key][0]].matrices})
             start.append(np.ceil(levels[xids].mean() - 0.5))
             gaps.append(gap[xids].mean())
-            means.append(significance[key[0]].mean(axis=0)[xids].mean())
+            means.append(mean[key[0]][xids].mean())
         units = [groups[key] for key in keys]
         columns = level_columns(problem, LEVELS)
         size = level_sizes(problem, columns, units)

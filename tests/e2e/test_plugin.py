@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 
 from alphaq_gguf.container import PAYLOAD_TYPES, choose_container, container_bytes, header_bytes, lay_out
 from alphaq_gguf.encode import encode_rows
-from alphaq_gguf.plugin import build_plugin, cache_dir, load_plugin, unload_plugin
+from alphaq_gguf.plugin import build_plugin, cache_dir, load_plugin
 from alphaq_gguf.qtypes import QType, row_bytes
 from alphaq_gguf.reporter import Silent
 
@@ -25,10 +25,8 @@ TOLERANCE = 0.01
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plugin() -> Iterator[None]:
+def plugin() -> None:
     load_plugin(build_plugin(cache_dir(), Silent()))
-    yield
-    unload_plugin()
 
 
 def weights_of(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
@@ -160,6 +158,23 @@ def test_several_products_in_one_graph(device: str) -> None:
             for (x, ids), found in zip(operands, stack.multiply(*operands), strict=True):
                 exact = exact_products(weights, types, x, ids)
                 assert np.abs(found.values - exact).max() / scale_of(weights, x) < TOLERANCE
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 64])
+def test_a_product_of_a_product_waits_for_it(n_tokens: int) -> None:
+    types = MIXES["two K-quants"]
+    weights = weights_of((8, 256, 256))
+    rng = np.random.default_rng(n_tokens)
+    ids = np.array([rng.permutation(8)[:2] for _ in range(n_tokens)], np.int32)
+    x = rng.standard_normal((n_tokens, 1, 256), dtype=np.float32)
+    kind, data = make_container(weights, types)
+    with Experts("ALPHAQ", kind, weights.shape, data) as stack:
+        found = stack.multiply_twice(x, ids)
+        assert found.status == SUCCESS
+        (first,) = stack.multiply((x, ids))
+        (expected,) = stack.multiply((first.values, ids))
+    assert np.isfinite(expected.values).all()
+    assert np.array_equal(found.values, expected.values)
 
 
 def test_a_container_with_room_to_spare_is_as_good() -> None:

@@ -6,7 +6,6 @@ other expert is the latter is the ordinary Q4_0 file in other bytes, and gives i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +20,9 @@ from alphaq_gguf.conversion import convert
 from alphaq_gguf.encode import encode_rows, find_encoder
 from alphaq_gguf.evaluate.llama import LlamaModel
 from alphaq_gguf.pipeline import AllocationSettings, allocate
-from alphaq_gguf.plugin import unload_plugin
 from alphaq_gguf.qtypes import QType
 
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unloaded() -> Iterator[None]:
-    yield
-    unload_plugin()
 
 
 @dataclass

@@ -13,7 +13,7 @@ from oracles import run_perplexity, start_tool
 from alphaq_gguf.evaluate.llama import LlamaModel
 from alphaq_gguf.gguf_file import read_header
 from alphaq_gguf.guard import OPTIONS_KEY
-from alphaq_gguf.plugin import build_plugin, cache_dir, unload_plugin
+from alphaq_gguf.plugin import build_plugin, cache_dir
 from alphaq_gguf.reporter import Silent
 
 N_CTX, N_WINDOWS = 128, 8
@@ -53,11 +53,8 @@ def test_perplexity_is_that_of_llama_cpp_python(mixed: Path, plugin: str, text: 
     printed = run_perplexity(*words, GGML_BACKEND_PATH=plugin)
     found = re.search(r"Final estimate: PPL = ([\d.]+)", printed)
     assert found
-    try:
-        with LlamaModel(mixed, n_ctx=N_CTX, threads=1) as model:
-            ours = model.perplexity(text.read_text(encoding="utf-8"), n_ctx=N_CTX, max_windows=N_WINDOWS)
-    finally:
-        unload_plugin()
+    with LlamaModel(mixed, n_ctx=N_CTX, threads=1) as model:
+        ours = model.perplexity(text.read_text(encoding="utf-8"), n_ctx=N_CTX, max_windows=N_WINDOWS)
     assert float(found[1]) == pytest.approx(ours.value, abs=2e-4)
 
 

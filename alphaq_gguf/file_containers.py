@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from ..container import MAGIC, Container, header_bytes, parse_container
-from ..errors import SourceError
-from ..gguf_file import TensorInfo
-from ..guard import TENSORS_KEY
+from .container import MAGIC, Container, header_bytes, parse_container
+from .errors import SourceError
+from .gguf_file import TensorInfo
+from .guard import TENSORS_KEY
 
 _REMEDY = "convert the model again"
 
@@ -25,7 +25,7 @@ def read_containers(
         path, position = places[info.name]
         with path.open("rb") as file:
             file.seek(position)
-            head = file.read(min(header_bytes(info.shape[0]), info.n_bytes))
+            head = file.read(min(header_bytes(info.shape[0] if info.shape else 0), info.n_bytes))
         if info.name in declared or head.startswith(MAGIC):
             found[info.name] = parse_container(head, info, str(path))
     return found
